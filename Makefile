@@ -1,0 +1,68 @@
+# Two commands for a fresh machine: `make serve` and `make test`. Both are quick the second time.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+# A package index for torch alone, as https://download.pytorch.org/whl/cpu; empty: pip's own.
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# A torch that already sees a GPU is kept: it fits the driver.
+HAS_CUDA_TORCH = $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+HAS_GPU = nvidia-smi >/dev/null 2>&1
+GPU_TORCH := torch>=2.11,<2.16
+CPU_TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint lossless bench models clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: $(STAMPS)/installed models ## Serve the default model: HOST, PORT, ARGS="--draft self:6 ..."
+	$(BIN)/disco-serve serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(STAMPS)/dev models ## Run the tests (ARGS are pytest's)
+	$(BIN)/python -m pytest $(ARGS)
+
+lossless: $(STAMPS)/dev models ## Run every losslessness test, the slow ones too
+	$(BIN)/python -m pytest tests/lossless -m "slow or not slow" $(ARGS)
+
+lint: $(STAMPS)/dev ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMPS)/dev models ## Measure against transformers on this machine
+	$(BIN)/python benchmarks/cpu_pair.py $(ARGS)
+
+models: $(STAMPS)/installed ## Fetch the default model
+	@$(BIN)/disco-serve models pull smollm2
+
+clean: ## Remove the virtual environment and what the tools left (fetched models stay)
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find server engine classifiers tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	if $(HAS_CUDA_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	mkdir -p $(STAMPS) && touch $@
+
+# First, and by itself, so that the rest takes the build that was chosen here.
+$(STAMPS)/torch: $(STAMPS)/venv
+	if $(HAS_GPU); then torch="$(GPU_TORCH)"; else torch="$(CPU_TORCH)"; fi; \
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$torch"
+	touch $@
+
+$(STAMPS)/installed: pyproject.toml $(STAMPS)/torch
+	$(PIP) install --editable .
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/installed
+	$(PIP) install --editable ".[dev]"
+	touch $@

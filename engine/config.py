@@ -1,0 +1,38 @@
+"""The engine's settings, apart from requests. Plain data: crosses the process border."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine process.
+
+    `target`: a model reference (`engine.models.load`). `draft`: "none", "ngram", "self:N" or a
+    model reference. `policy` and `policy_options` are the default of requests that name none.
+    `kv_blocks` None takes `memory_fraction` of what the models leave; `max_model_len` None is the
+    target's own context. `token_budget` bounds the tokens of one target pass, so that a long
+    prompt does not hold up the others. `memory_fraction` None: 0.9 on a GPU, 0.25 on a CPU.
+    """
+
+    target: str
+    draft: str = "ngram"
+    policy: str = "heuristic"
+    policy_options: dict[str, Any] = {}
+    device: str = "auto"
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    kv_blocks: int | None = None
+    memory_fraction: float | None = None
+    max_num_seqs: int = 64
+    token_budget: int | None = None  # None: 2048 on a GPU, 256 on a CPU
+    max_sl: int = 16
+    prefix_cache: bool = True
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+    block_size: int = 16

@@ -1,0 +1,66 @@
+"""The KV tensors of one model, by layer, addressed by slot (block * block_size + offset)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """KV of one attention layer: heads and widths of a key and of a value."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers kept for one token."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+class KVPool:
+    """`keys[layer]` [slots, heads, key_dim], `values[layer]` [slots, heads, value_dim].
+
+    Zeros at first, so that a slot that was never written holds no NaN.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[int, LayerShape],
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        slots = blocks * block_size
+        self.block_size = block_size
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        for layer, shape in shapes.items():
+            self.keys[layer] = _zeros((slots, shape.heads, shape.key_dim), dtype, device)
+            self.values[layer] = _zeros((slots, shape.heads, shape.value_dim), dtype, device)
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """keys [N, heads, key_dim], values [N, heads, value_dim] to slots int64[N]."""
+        self.keys[layer].index_copy_(0, slots, keys)
+        self.values[layer].index_copy_(0, slots, values)
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU the system's own zero pages, which take memory only once they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    )
+
+
+def bytes_per_block(shapes: dict[int, LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block over all layers."""
+    return sum(shape.width for shape in shapes.values()) * block_size * dtype.itemsize

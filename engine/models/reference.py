@@ -1,0 +1,171 @@
+"""The reference runner: any causal LM of transformers over the paged KV. The oracle of every test.
+
+The model's own modules do everything but attention, which is `engine.models.attention`. At start
+the runner proves itself against the model's own eager forward, or refuses the model by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from engine.kv.pool import KVPool, LayerShape
+from engine.models import attention
+from engine.models.packed import PackedWeights, can_pack, pack_linears
+from engine.models.runner import Batch, Chunk
+
+AttentionInterface.register(attention.NAME, attention.paged_attention)
+
+_IGNORED = {
+    "dropout",
+    "position_ids",
+    "cache",
+    "use_cache",
+    "is_causal",
+    "position_embeddings",
+    "cache_position",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "past_key_values",
+    "num_items_in_batch",
+    "token_type_ids",
+}
+"""Keywords that change nothing in inference over a causal row. Any other that is set is refused."""
+
+
+class UnsupportedModel(ValueError):
+    """The model needs something that paged attention does not do."""
+
+
+class ReferenceRunner:
+    """Runs a transformers model over the paged KV.
+
+    Built in two steps, so that memory can be measured between them: the constructor probes and
+    checks the model, `allocate` makes the pool.
+    """
+
+    def __init__(self, model: PreTrainedModel, block_size: int, packed: PackedWeights | None = None) -> None:
+        """`packed` not None packs the linear layers for the CPU. Raises UnsupportedModel."""
+        self.model, self.block_size = model, block_size
+        self.name = type(model).__name__
+        self.shapes: dict[int, LayerShape] = {}
+        self._pool: KVPool | None = None
+        self._slots = torch.empty(0, dtype=torch.int64)  # of the batch at hand, as are the groups
+        self._groups: list[attention.Group] = []
+        if not getattr(model, "_supports_attention_backend", False):
+            raise UnsupportedModel(f"{self.name} does not support attention functions in transformers")
+        expected = _own_logits(model)
+        model.config._attn_implementation = attention.NAME
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.__dict__["paged"] = self._attend
+        if packed is not None and can_pack():
+            pack_linears(model, packed)
+        self._probe()
+        self._check(expected)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def context(self) -> int:
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def allocate(self, blocks: int) -> None:
+        """Makes the KV pool."""
+        self._pool = KVPool(self.shapes, blocks, self.block_size, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        self._slots, self._groups = batch.slots, attention.plan(batch, self.block_size)
+        output = self.model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logits_at,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **rest: Any,
+    ) -> Tensor:
+        odd = sorted(name for name, given in rest.items() if given is not None and name not in _IGNORED)
+        if odd or attention_mask is not None:
+            raise UnsupportedModel(f"{self.name} asks its attention for {', '.join(odd) or 'a mask'}")
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if self._pool is None:  # the probe: no KV yet, only its shape is wanted
+            if layer in self.shapes:
+                raise UnsupportedModel(f"{self.name} attends twice in layer {layer}")
+            self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        self._pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention.attend(self._groups, self._pool, layer, query[0], scale, sliding_window, softcap)[
+            None
+        ]
+
+    def _probe(self) -> None:
+        """Learns the KV shape of every layer from a pass without a pool."""
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with torch.inference_mode():
+            self.model(input_ids=ids, position_ids=ids, use_cache=False)
+        if not self.shapes:
+            raise UnsupportedModel(f"{self.name} has no attention layer that a paged KV could serve")
+
+    def _check(self, expected: Tensor) -> None:
+        """Two chunks over scattered blocks, beside another row, must give the model's own logits."""
+        ids = _probe_ids(self.vocab_size)
+        self.allocate(3 * -(-len(ids) // self.block_size))
+        split, last = len(ids) - 8, len(ids) // self.block_size
+        table, other = [2 * i + 1 for i in range(last + 1)], [2 * i for i in range(last + 1)]
+        chunks = [Chunk(ids[:split], 0, table, split), Chunk(ids[:8], 0, other, 0)]
+        first = self.forward(Batch.pack(chunks, self.block_size, self.device))
+        chunks = [Chunk(ids[8:10], 8, other, 0), Chunk(ids[split:], split, table, 8)]
+        second = self.forward(Batch.pack(chunks, self.block_size, self.device))
+        got = torch.cat([first, second]).float()
+        tolerance = (
+            1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+        ) * expected.abs().max().clamp(min=1)
+        worst = (got - expected).abs().max()
+        self._pool = None
+        if not bool(worst <= tolerance):
+            raise UnsupportedModel(
+                f"{self.name} does not run over a paged KV: logits {float(worst):.3g} off its own"
+            )
+
+
+def _probe_ids(vocab_size: int) -> list[int]:
+    return [(7 * i + 3) % vocab_size for i in range(28)]
+
+
+def _own_logits(model: PreTrainedModel) -> Tensor:
+    """float32[T, V]: the model's own forward over the probe, before anything is changed."""
+    ids = torch.tensor([_probe_ids(int(model.config.get_text_config().vocab_size))], device=model.device)
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.float()

@@ -1,0 +1,180 @@
+"""Puts an engine together from its config: models, KV pools, drafters, verifier."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.config import EngineConfig
+from engine.kv.blocks import BlockManager
+from engine.kv.pool import bytes_per_block
+from engine.models import load
+from engine.models.packed import PackedWeights
+from engine.models.reference import ReferenceRunner
+from engine.models.runner import Runner
+from engine.speculation.drafters.base import Drafter
+from engine.speculation.drafters.model import ModelDrafter
+from engine.speculation.drafters.ngram import NgramDrafter
+from engine.speculation.noise import CounterDraws, GumbelNoise, RandomSource
+from engine.speculation.policy import options_of
+from engine.speculation.verifier import Verifier
+from engine.types import ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class ConfigError(ValueError):
+    """The engine cannot be built as configured."""
+
+
+@dataclass
+class Parts:
+    """What `Engine` works with."""
+
+    target: Runner
+    drafters: dict[str, Drafter]
+    verifier: Verifier
+    blocks: BlockManager
+    info: ModelInfo
+    token_budget: int
+
+
+def build(config: EngineConfig) -> Parts:
+    """Loads the models and makes the pools. Raises ConfigError, UnsupportedModel or load.ModelError."""
+    device = load.pick_device(config.device)
+    dtype = load.pick_dtype(config.dtype, device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tokenizer = load.load_tokenizer(config.target, config.trust_remote_code)
+    model = load.load_model(
+        config.target, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
+    )
+    eos_ids = load.eos_token_ids(model, tokenizer)
+    vocab = min(load.real_vocab_size(tokenizer), int(model.config.get_text_config().vocab_size))
+    draft_model = _draft_model(config, model, tokenizer, dtype, device)
+    packed: PackedWeights | None = {} if device.type == "cpu" and dtype == torch.float32 else None
+    target = ReferenceRunner(model, config.block_size, packed)
+    draft = ReferenceRunner(draft_model, config.block_size, packed) if draft_model is not None else None
+    runners = [target] if draft is None else [target, draft]
+    max_model_len = config.max_model_len or target.context
+    if max_model_len > target.context:
+        raise ConfigError(f"max_model_len {max_model_len} is over the target's context of {target.context}")
+    blocks = _count_blocks(config, runners, max_model_len, device)
+    for runner in runners:
+        runner.allocate(blocks)
+    return assemble(
+        config,
+        target,
+        draft,
+        blocks=blocks,
+        max_model_len=max_model_len,
+        vocab=vocab,
+        eos_ids=eos_ids,
+        bos_id=tokenizer.bos_token_id,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def assemble(
+    config: EngineConfig,
+    target: Runner,
+    draft: Runner | None,
+    *,
+    blocks: int,
+    max_model_len: int,
+    vocab: int,
+    eos_ids: Seq[int],
+    bos_id: int | None = None,
+    dtype: str = "float32",
+    random: RandomSource | None = None,
+) -> Parts:
+    """Parts around runners whose pools have `blocks` blocks. `random` replaces rejection sampling's draws."""
+    manager = BlockManager(blocks, config.block_size, config.prefix_cache)
+    noise = GumbelNoise(vocab, target.device)
+    random = random or CounterDraws()
+    drafters: dict[str, Drafter] = {}
+    if config.draft != "none":
+        drafters["ngram"] = NgramDrafter(target.device)
+    if draft is not None:
+        drafters["model"] = ModelDrafter(draft, manager, vocab, eos_ids, noise, random)
+    options = options_of(config.policy, config.policy_options)
+    info = ModelInfo(
+        target=config.target,
+        draft=None if draft is None else config.draft,
+        vocab_size=vocab,
+        max_model_len=max_model_len,
+        eos_token_ids=tuple(eos_ids),
+        bos_token_id=bos_id,
+        dtype=dtype,
+        device=str(target.device),
+        kv_blocks=blocks,
+        block_size=config.block_size,
+        drafters=(*sorted(drafters), "none"),
+        default_drafter="model" if draft is not None else "ngram" if drafters else "none",
+        default_policy=config.policy,
+        default_options={name: getattr(options, name) for name in options.__struct_fields__},
+        max_sl=config.max_sl,
+    )
+    budget = config.token_budget or (2048 if target.device.type == "cuda" else 256)
+    return Parts(target, drafters, Verifier(eos_ids, noise, random), manager, info, budget)
+
+
+def _draft_model(
+    config: EngineConfig,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel | None:
+    """The draft that the config names, checked to speak the target's tokens."""
+    name = config.draft
+    if name in ("none", "ngram"):
+        return None
+    if name.startswith("self:"):
+        layers = name.removeprefix("self:")
+        if not layers.isdecimal():
+            raise ConfigError(f"draft {name!r}: self:N takes a number of layers, for example self:6")
+        try:
+            return load.early_exit(target, int(layers))
+        except ValueError as error:
+            raise ConfigError(f"draft {name!r}: {error}") from error
+    difference = load.same_tokenizer(load.load_tokenizer(name, config.trust_remote_code), tokenizer)
+    if difference is not None:
+        raise ConfigError(f"draft {name!r} does not share the tokenizer of {config.target!r}: {difference}")
+    return load.load_model(name, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+
+
+def _count_blocks(
+    config: EngineConfig, runners: list[ReferenceRunner], max_model_len: int, device: torch.device
+) -> int:
+    """KV blocks: as configured, or the memory fraction of what is free, but no more than rows can use."""
+    size = sum(bytes_per_block(runner.shapes, config.block_size, runner.dtype) for runner in runners)
+    longest = -(-max_model_len // config.block_size) + 1
+    if config.kv_blocks is not None:
+        blocks, origin = config.kv_blocks, "as configured"
+    else:
+        on_gpu = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+        fraction = config.memory_fraction or (0.9 if on_gpu else 0.25)
+        blocks = min(int(free * fraction) // size, config.max_num_seqs * longest)
+        origin = (
+            f"{fraction:.0%} of {free / 2**30:.1f} GiB free, at most what {config.max_num_seqs} rows can fill"
+        )
+    if blocks < longest:
+        raise ConfigError(
+            f"{blocks} KV blocks ({origin}) cannot hold one sequence of max_model_len {max_model_len}: "
+            f"{longest} are needed; lower max_model_len or raise kv_blocks or memory_fraction"
+        )
+    log.info(
+        "KV cache: %d blocks of %d tokens, %.2f GiB (%s)",
+        blocks,
+        config.block_size,
+        blocks * size / 2**30,
+        origin,
+    )
+    return blocks

@@ -1,0 +1,99 @@
+"""From raw logits to the law p (and the draft's q): one function for target and draft alike.
+
+Order: repetition, frequency and presence penalties, logit_bias, min_tokens, temperature, top_k,
+top_p, min_p. Penalties and min_tokens depend on the tokens drafted before the position as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.sequence import Sequence, TokenCounts
+from engine.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class Place:
+    """One position to sample at: after `seq.tokens` and then `drafted`."""
+
+    seq: Sequence
+    drafted: list[int]
+
+
+def scaled_logits(logits: Tensor, places: Seq[Place], eos_ids: Seq[int]) -> Tensor:
+    """float[M, V] whose softmax is the law at each place; -inf where the law is 0.
+
+    Greedy rows keep their adjusted logits unscaled and unfiltered: only their argmax matters.
+    `logits` [M, V] is not changed. The result is float32, or float64 for float64 logits.
+    """
+    out = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    adjusted = [i for i, place in enumerate(places) if _adjusts(place)]
+    if adjusted:
+        out = out.clone() if out is logits else out
+        for i in adjusted:
+            _adjust(out[i], places[i], eos_ids)
+    params = [place.seq.params for place in places]
+    if all(p.temperature == 0 for p in params):
+        return out
+    temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=out.dtype, device=out.device)
+    out = out / temperature[:, None]
+    filtered = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p)]
+    if filtered:
+        out[filtered] = _filter(out[filtered], [params[i] for i in filtered])
+    return out
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+
+
+def _adjusts(place: Place) -> bool:
+    params = place.seq.params
+    short = place.seq.generated + len(place.drafted) < params.min_tokens
+    return _penalised(params) or bool(params.logit_bias) or short
+
+
+def _adjust(row: Tensor, place: Place, eos_ids: Seq[int]) -> None:
+    """Penalties, logit_bias and the min_tokens mask, in place on float[V]."""
+    seq, params = place.seq, place.seq.params
+    if _penalised(params):
+        if seq.counts is None:
+            prompt, output = seq.tokens[: seq.prompt_len], seq.tokens[seq.prompt_len :]
+            seq.counts = TokenCounts(prompt, output, row.shape[0], row.device)
+        counts, seen = seq.counts.after(place.drafted)
+        if params.repetition_penalty != 1:
+            penalised = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
+            row.copy_(torch.where(seen, penalised, row))
+        row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=row.device)
+        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+    if seq.generated + len(place.drafted) < params.min_tokens:
+        row[[*eos_ids, *params.stop_token_ids]] = float("-inf")
+
+
+def _filter(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
+    """top_k, top_p and min_p on scaled logits [F, V]; what is cut becomes -inf. Ties at the k-th stay."""
+    device, vocab = logits.device, logits.shape[-1]
+    if any(p.top_k for p in params):
+        ks = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device)
+        widest = max(min(p.top_k, vocab) for p in params)
+        kth = logits.topk(widest, dim=-1).values.gather(1, ks.clamp(max=widest)[:, None] - 1)
+        kth = torch.where(ks[:, None] < vocab, kth, float("-inf"))
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if any(p.top_p < 1 for p in params):
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        top_p = torch.tensor([p.top_p for p in params], dtype=probs.dtype, device=device)
+        before = probs.cumsum(-1) - probs
+        cut = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+        cut[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), float("-inf"))
+    if any(p.min_p for p in params):
+        probs = logits.softmax(-1)
+        floor = torch.tensor([p.min_p for p in params], dtype=probs.dtype, device=device)[:, None]
+        logits = logits.masked_fill(probs < floor * probs.amax(-1, keepdim=True), float("-inf"))
+    return logits

@@ -1,0 +1,132 @@
+"""Which rows run in the next step, and with how many tokens.
+
+There are no prefill and decode phases: every row's KV chases its tokens. Rows that lack only the
+newest token's KV decode (and may draft), the others take chunks under the token budget. Blocks run
+out: the row that came last gives its own back and is recomputed later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.kv.blocks import BlockManager
+from engine.sequence import Sequence
+
+MIN_CHUNK = 16  # tokens of prefill that a step makes however many rows decode
+
+
+@dataclass
+class PlanRow:
+    """`tokens` pending tokens of the row run now; `sl` draft tokens may follow them (decoding rows)."""
+
+    seq: Sequence
+    tokens: int
+    sl: int = 0
+    sl_reason: str | None = None  # what bounds sl: policy, cap, room
+    decodes: bool = False  # only the newest token was pending when the row was planned
+
+    samples: bool = field(init=False)  # this pass reaches the newest token: the next one can be sampled
+
+    def __post_init__(self) -> None:
+        self.samples = self.tokens == self.seq.pending
+
+
+Limits = Callable[[list[Sequence]], list[tuple[int, str | None]]]
+
+
+class Scheduler:
+    """Owns the waiting and running sequences and their blocks."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        token_budget: int,
+        on_preempt: Callable[[Sequence], None],
+    ) -> None:
+        self._on_preempt = on_preempt
+        self._blocks, self._max_num_seqs, self._budget = blocks, max_num_seqs, token_budget
+        self.waiting: list[Sequence] = []  # sorted by rank, as is running
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        insort(self.waiting, seq, key=lambda s: s.rank)
+
+    def remove(self, seq: Sequence) -> None:
+        """Takes a finished or aborted sequence out and frees its blocks."""
+        (self.running if seq.status == "running" else self.waiting).remove(seq)
+        seq.status = "finished"
+        self._release(seq)
+
+    def plan(self, limits: Limits) -> list[PlanRow]:
+        """The rows of the next step, with blocks for all their tokens. `limits` says what may be drafted."""
+        decoding = [seq for seq in self.running if seq.pending == 1]
+        rows: list[PlanRow] = []
+        for seq, (sl, reason) in zip(decoding, limits(decoding) if decoding else [], strict=True):
+            if seq.status == "running":
+                self._place(rows, PlanRow(seq, 1, sl, reason, decodes=True))
+        budget = max(self._budget - sum(row.tokens + row.sl for row in rows), MIN_CHUNK)
+        for seq in list(self.running):
+            if seq.status == "running" and seq.pending > 1 and budget > 0:
+                take = min(seq.pending, budget)
+                if self._place(rows, PlanRow(seq, take)):
+                    budget -= take
+        self._admit(rows, budget)
+        return [row for row in rows if row.seq.status == "running"]
+
+    def _admit(self, rows: list[PlanRow], budget: int) -> None:
+        while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
+            seq = self.waiting[0]
+            self._match(seq)
+            # All of the prompt's blocks now, so that a prefill is not preempted half-way for want of them.
+            if seq.table is None or not self._blocks.extend(seq.table, len(seq.tokens) + 1):
+                self._release(seq)
+                return
+            self.waiting.pop(0)
+            seq.status = "running"
+            insort(self.running, seq, key=lambda s: s.rank)
+            take = min(seq.pending, budget)
+            rows.append(PlanRow(seq, take))
+            budget -= take
+
+    def _match(self, seq: Sequence) -> None:
+        """Takes what the prefix cache has; at least one token stays pending, since it gives the logits."""
+        cacheable = 0 if seq.params.prompt_logprobs is not None else len(seq.tokens) - 1
+        seq.table = self._blocks.match(seq.tokens, seq.request.cache_salt, cacheable)
+        seq.kv_len = seq.table.committed
+        seq.draft_kv_len = seq.table.draft_tokens
+        if not seq.started:
+            seq.cached_tokens = seq.kv_len
+
+    def _place(self, rows: list[PlanRow], row: PlanRow) -> bool:
+        """Finds blocks for the row: drafts less, else preempts from the end, at last the row itself."""
+        seq = row.seq
+        assert seq.table is not None
+        while True:
+            if self._blocks.extend(seq.table, seq.kv_len + row.tokens + row.sl):
+                rows.append(row)
+                return True
+            if row.sl:
+                row.sl, row.sl_reason = 0, "room"
+                continue
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        self._on_preempt(seq)
+        seq.status = "waiting"
+        self.add(seq)
+        self.preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        if seq.table is not None:
+            self._blocks.release(seq.table)
+            seq.table = None
+        seq.kv_len = seq.draft_kv_len = 0

@@ -1,0 +1,88 @@
+"""Which policy governs which row, and the merging of their answers for one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from engine.sequence import Sequence
+from engine.speculation.policy import Need, Outcome, Signals, State, StopPolicy, policies
+
+
+class PolicyTable:
+    """Engine-owned policy state for `slots` rows.
+
+    Every policy in use answers for all rows of the batch; each row takes its own policy's answer.
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self._device = device
+        self._policies = policies()
+        self._states: dict[str, State] = {
+            p: self._policies[p].allocate(slots, device) for p in self._policies
+        }
+        self._free = list(range(slots - 1, -1, -1))
+
+    def take(self, seq: Sequence) -> None:
+        """Gives the sequence a slot, reset to its options or as it was put aside.
+
+        The caller keeps to `slots` sequences at a time.
+        """
+        seq.slot = self._free.pop()
+        state = self._states[seq.policy]
+        self._policies[seq.policy].reset(state, seq.slot, seq.options)
+        for name, value in (seq.policy_state or {}).items():
+            state.tensors[name][seq.slot] = value
+        seq.policy_state = None
+
+    def put_aside(self, seq: Sequence) -> None:
+        """Takes the slot of a preempted sequence; what its policy remembers goes with the sequence."""
+        if seq.slot >= 0:
+            tensors = self._states[seq.policy].tensors
+            seq.policy_state = {name: tensor[seq.slot].clone() for name, tensor in tensors.items()}
+        self.give_back(seq)
+
+    def give_back(self, seq: Sequence) -> None:
+        if seq.slot >= 0:
+            self._free.append(seq.slot)
+            seq.slot = -1
+
+    def needs(self, rows: Seq[Sequence]) -> frozenset[Need]:
+        """The signals that the rows' policies read; empty if none is asked while drafting."""
+        return frozenset().union(*(self._policies[name].needs for name in {row.policy for row in rows}))
+
+    def limits(self, rows: Seq[Sequence]) -> list[int]:
+        """What each row's policy wants to draft at most."""
+        answers = [(name, policy.limit(state)) for name, policy, state in self._in_use(rows)]
+        limits: list[int] = self._merge(rows, answers).tolist()
+        return limits
+
+    def keep_drafting(self, rows: Seq[Sequence], signals: Signals) -> list[bool]:
+        """Draft one more? By row; the one read-back of a draft step."""
+        answers = [
+            (name, policy.keep_drafting(signals, state) if policy.needs else torch.ones_like(signals.alive))
+            for name, policy, state in self._in_use(rows)
+        ]
+        keep: list[bool] = self._merge(rows, answers).tolist()
+        return keep
+
+    def observe(self, rows: Seq[Sequence], outcome: Outcome) -> None:
+        for _, policy, state in self._in_use(rows):
+            policy.observe(outcome, state)
+
+    def _in_use(self, rows: Seq[Sequence]) -> list[tuple[str, StopPolicy, State]]:
+        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64, device=self._device)
+        found = []
+        for name in sorted({row.policy for row in rows}):
+            self._states[name].rows = slots
+            found.append((name, self._policies[name], self._states[name]))
+        return found
+
+    def _merge(self, rows: Seq[Sequence], answers: list[tuple[str, Tensor]]) -> Tensor:
+        merged = answers[0][1]
+        for name, answer in answers[1:]:
+            own = torch.tensor([row.policy == name for row in rows], device=self._device)
+            merged = torch.where(own, answer, merged)
+        return merged

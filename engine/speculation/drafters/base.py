@@ -1,0 +1,43 @@
+"""What a drafter is given and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.sequence import Sequence
+from engine.speculation.control import PolicyTable
+
+
+@dataclass
+class RowDraft:
+    """A chain of draft tokens for one row: token k follows token k - 1, the first follows the row.
+
+    `laws` float[V] per token is the law q that the token was sampled from, kept only where the
+    verifier needs it (rejection sampling with a sampled draft). Empty means q is one-hot.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    laws: list[Tensor] = field(default_factory=list)
+    stop_reason: str | None = None  # policy, cap, room, drafter; None if nothing was to be drafted
+
+
+class Drafter(Protocol):
+    def room(self, seq: Sequence) -> int:
+        """The most tokens that the drafter could propose for the row now (its context; 0 if it lags)."""
+        ...
+
+    def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
+        """Fills the drafter's own KV of rows that lag too far to draft, `budget` tokens in all."""
+        ...
+
+    def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
+        """One chain for each row, at most limits[i] >= 1 tokens, stopped early by the row's policy.
+
+        Every token that was sampled is in the result: dropping one would bias the output. A
+        `stop_reason` is set where a policy or the drafter stopped before the limit.
+        """
+        ...

@@ -1,0 +1,141 @@
+"""The model drafter: a smaller model proposes a chain, token by token, over its own paged KV.
+
+It shares block ids with the target. `Sequence.draft_kv_len` says how much of its KV is there: it
+lags one token behind after a full acceptance and any number after SL=0, and catches up first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from engine.kv.blocks import BlockManager
+from engine.models.runner import Batch, Chunk, Runner
+from engine.sampling import Place, scaled_logits
+from engine.sequence import Sequence
+from engine.speculation.control import PolicyTable
+from engine.speculation.drafters.base import RowDraft
+from engine.speculation.features import signals
+from engine.speculation.noise import GumbelNoise, RandomSource
+from engine.speculation.policy import Need, Signals
+
+SMALL_LAG = 16  # tokens that the first draft step feeds along; more is caught up first, in chunks
+
+
+class ModelDrafter:
+    """`vocab`: ids at or above it are padding and never proposed."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        blocks: BlockManager,
+        vocab: int,
+        eos_ids: Seq[int],
+        noise: GumbelNoise,
+        random: RandomSource,
+    ) -> None:
+        self._runner, self._blocks, self._vocab, self._eos_ids = runner, blocks, vocab, eos_ids
+        self._noise, self._random = noise, random
+
+    def room(self, seq: Sequence) -> int:
+        if self._lags(seq):
+            return 0
+        return max(0, self._runner.context - len(seq.tokens) + 1)
+
+    def _lags(self, seq: Sequence) -> bool:
+        return len(seq.tokens) - seq.draft_kv_len > SMALL_LAG
+
+    def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
+        chunks = []
+        for row in rows:
+            take = min(len(row.tokens) - 1 - row.draft_kv_len, budget)
+            if self._lags(row) and len(row.tokens) <= self._runner.context and take > 0:
+                start = row.draft_kv_len
+                row.draft_kv_len += take
+                chunks.append(Chunk(row.tokens[start : row.draft_kv_len], start, row.blocks, 0))
+                budget -= take
+        if chunks:
+            self._forward(chunks)
+
+    def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
+        drafts = [RowDraft() for _ in rows]
+        needs = table.needs(rows)
+        joint = torch.ones(len(rows), dtype=torch.float32, device=self._runner.device)
+        alive = list(range(len(rows)))
+        step = 0
+        while alive:
+            step += 1
+            logits = self._forward([self._chunk(rows[i], drafts[i]) for i in alive])
+            tokens = self._choose(logits, [rows[i] for i in alive], [drafts[i] for i in alive])
+            if needs:
+                at = torch.tensor(alive, device=joint.device)
+                found = self._signals(step, logits, tokens, [rows[i] for i in alive], joint, at, needs)
+                keep = table.keep_drafting([rows[i] for i in alive], found)
+                for i, more in zip(alive, keep, strict=True):
+                    if not more:
+                        drafts[i].stop_reason = "policy"
+            alive = [i for i in alive if drafts[i].stop_reason is None and step < limits[i]]
+        return drafts
+
+    def _forward(self, chunks: list[Chunk]) -> Tensor:
+        logits = self._runner.forward(Batch.pack(chunks, self._blocks.block_size, self._runner.device))
+        width = logits.shape[-1]
+        if width >= self._vocab:
+            return logits[:, : self._vocab]
+        return torch.nn.functional.pad(logits, (0, self._vocab - width), value=float("-inf"))
+
+    def _chunk(self, row: Sequence, draft: RowDraft) -> Chunk:
+        """What the draft must see next: the newest token, and before it what its KV lacks."""
+        tokens = draft.tokens[-1:] or row.tokens[row.draft_kv_len :]
+        start = row.draft_kv_len
+        row.draft_kv_len = start + len(tokens)
+        return Chunk(tokens, start, row.blocks)
+
+    def _choose(self, logits: Tensor, rows: list[Sequence], drafts: list[RowDraft]) -> Tensor:
+        """Appends the next token to every draft; int64[B]. Keeps q where rejection sampling needs it."""
+        scaled = scaled_logits(
+            logits, [Place(r, d.tokens) for r, d in zip(rows, drafts, strict=True)], self._eos_ids
+        )
+        noisy = [i for i, row in enumerate(rows) if row.coupled and row.params.temperature > 0]
+        sampled = [i for i, row in enumerate(rows) if not row.coupled]
+        if noisy:
+            positions = [len(rows[i].tokens) + len(drafts[i].tokens) for i in noisy]
+            noise = self._noise([rows[i].seed for i in noisy], positions)
+            scaled = scaled.to(torch.float64)
+            scaled[noisy] += noise
+        tokens = scaled.argmax(-1)
+        if sampled:
+            laws = scaled[sampled].softmax(-1)
+            tokens[sampled] = self._random.categorical(laws, [rows[i] for i in sampled])
+            for i, law in zip(sampled, laws, strict=True):
+                drafts[i].laws.append(law)
+        for draft, token in zip(drafts, tokens.tolist(), strict=True):
+            draft.tokens.append(token)
+        return tokens
+
+    def _signals(
+        self,
+        step: int,
+        logits: Tensor,
+        tokens: Tensor,
+        rows: list[Sequence],
+        joint: Tensor,
+        at: Tensor,
+        needs: frozenset[Need],
+    ) -> Signals:
+        found = signals(logits, tokens, needs)
+        if "prob" in found:
+            joint[at] *= found["prob"]
+        position = [row.generated + step - 1 for row in rows]
+        return Signals(
+            step=step,
+            token=tokens,
+            position=torch.tensor(position, device=tokens.device),
+            alive=torch.ones_like(tokens, dtype=torch.bool),
+            prob=found.get("prob"),
+            top=found.get("top"),
+            entropy=found.get("entropy"),
+            joint=joint[at],
+        )

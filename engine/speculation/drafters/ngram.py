@@ -1,0 +1,89 @@
+"""The n-gram drafter (prompt lookup decoding): copies what followed the same suffix before.
+
+No model and no KV; q is one-hot. Its signals are the shares of what followed the longest match:
+`prob` is the share of the proposed token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence as Seq
+
+import torch
+
+from engine.sequence import Sequence
+from engine.speculation.control import PolicyTable
+from engine.speculation.drafters.base import RowDraft
+from engine.speculation.features import TOP
+from engine.speculation.ngrams import NgramIndex
+from engine.speculation.policy import Signals
+
+
+class NgramDrafter:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def room(self, seq: Sequence) -> int:
+        return 1 << 30
+
+    def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
+        return None  # it has no KV; draft() keeps the index up
+
+    def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
+        for row in rows:
+            if row.ngrams is None:
+                row.ngrams = NgramIndex(row.tokens)
+            row.ngrams.update()
+        drafts = [RowDraft() for _ in rows]
+        joint = [1.0] * len(rows)
+        needs = table.needs(rows)
+        alive = list(range(len(rows)))
+        step = 0
+        while alive:
+            step += 1
+            found: dict[int, Counter[int]] = {}
+            for i in alive:
+                guess = rows[i].ngrams.next(drafts[i].tokens)  # type: ignore[union-attr]
+                if guess is None:
+                    drafts[i].stop_reason = "drafter"
+                    continue
+                drafts[i].tokens.append(guess[0])
+                found[i] = guess[1]
+                joint[i] *= guess[1][guess[0]] / guess[1].total()
+            alive = list(found)
+            if needs and alive:
+                signals = self._signals(step, rows, drafts, found, joint)
+                keep = table.keep_drafting([rows[i] for i in alive], signals)
+                for i, more in zip(alive, keep, strict=True):
+                    if not more:
+                        drafts[i].stop_reason = "policy"
+            alive = [i for i in alive if drafts[i].stop_reason is None and step < limits[i]]
+        return drafts
+
+    def _signals(
+        self,
+        step: int,
+        rows: Seq[Sequence],
+        drafts: list[RowDraft],
+        found: dict[int, Counter[int]],
+        joint: list[float],
+    ) -> Signals:
+        shares = {i: [n / counts.total() for _, n in counts.most_common()] for i, counts in found.items()}
+
+        def floats(values: list[float] | list[list[float]]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+        def ints(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+        return Signals(
+            step=step,
+            token=ints([drafts[i].tokens[-1] for i in found]),
+            position=ints([rows[i].generated + step - 1 for i in found]),
+            alive=torch.ones(len(found), dtype=torch.bool, device=self._device),
+            prob=floats([counts[drafts[i].tokens[-1]] / counts.total() for i, counts in found.items()]),
+            top=floats([(s[:TOP] + [0.0] * TOP)[:TOP] for s in shares.values()]),
+            entropy=floats([-sum(p * math.log(p) for p in s) for s in shares.values()]),
+            joint=floats([joint[i] for i in found]),
+        )

@@ -1,0 +1,230 @@
+"""The engine's loop, and the process that runs it.
+
+`serve` is the loop, over any `Channel`: a thread's queues (`LocalEngine`) or the socket of a
+process of its own (`WorkerEngine`), whose entry point is `main`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+import zmq
+
+from engine.config import EngineConfig
+from engine.messages import (
+    Abort,
+    Add,
+    Fault,
+    FromEngine,
+    LoadFailed,
+    Ready,
+    Refused,
+    Stepped,
+    Stop,
+    ToEngine,
+    decode_to_engine,
+    encode,
+)
+from engine.types import GenerateRequest, InvalidRequest, ModelInfo, StepStats, TokenEvent
+
+log = logging.getLogger(__name__)
+
+_POLL_MS = 1000  # the longest the loop sleeps without looking whether its parent lives
+_LINGER_MS = 2000  # for the last message to leave
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class EngineCore(Protocol):
+    """What the loop needs of an engine. All calls come from one thread."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def add(self, request: GenerateRequest) -> None:
+        """Takes the request in; raises InvalidRequest if it cannot be served."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Drops the request without an event; an unknown id is a no-op."""
+        ...
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> tuple[list[TokenEvent], StepStats]: ...
+
+
+EngineFactory = Callable[[EngineConfig], EngineCore]
+
+
+class ClientGone(Exception):
+    """The other end of the channel is no more: there is nobody to work for."""
+
+
+class Channel(Protocol):
+    """The loop's end of the line to its client. Both methods raise ClientGone."""
+
+    def receive(self, wait: bool) -> Sequence[ToEngine]:
+        """Every message that came; with `wait`, blocks a while if there is none."""
+        ...
+
+    def send(self, message: FromEngine) -> None: ...
+
+
+def check_factory(path: str) -> None:
+    """Raises ValueError unless `path` reads "package.module:name"."""
+    if not _DOTTED.fullmatch(path):
+        raise ValueError(f'engine factory {path!r} is not of the form "package.module:name"')
+
+
+def import_factory(path: str) -> EngineFactory:
+    """The engine's constructor named by "package.module:name"."""
+    check_factory(path)
+    module, _, name = path.partition(":")
+    return cast(EngineFactory, getattr(importlib.import_module(module), name))
+
+
+def serve(load: Callable[[], EngineCore], channel: Channel) -> bool:
+    """Loads an engine and runs it until the client stops or leaves: True. False after a fault."""
+    try:
+        engine = load()
+        info = engine.info
+    except Exception as error:
+        log.exception("the engine could not be loaded")
+        channel.send(LoadFailed(describe(error)))
+        return False
+    channel.send(Ready(info))
+    loop = _Loop(engine, channel)
+    try:
+        loop.run()
+    except ClientGone:
+        log.warning("the client is gone; the engine ends")
+    except Exception as error:
+        # Nothing is known of the engine's state now, and a CUDA error outlives the call that met it.
+        log.exception("the engine failed with %d requests open", len(loop.ids))
+        channel.send(Fault(f"the engine failed: {describe(error)}", list(loop.ids)))
+        return False
+    return True
+
+
+class _Loop:
+    """Messages in between steps, a step while there is work, one message out per step."""
+
+    def __init__(self, engine: EngineCore, channel: Channel) -> None:
+        self.engine, self.channel = engine, channel
+        self.ids: dict[int, str] = {}  # open requests, by ticket
+        self.tickets: dict[str, int] = {}  # and the way back
+
+    def run(self) -> None:
+        """Returns when told to stop."""
+        while True:
+            for message in self.channel.receive(wait=not self.engine.has_work()):
+                if isinstance(message, Stop):
+                    return
+                if isinstance(message, Add):
+                    self.add(message)
+                else:
+                    self.abort(message)
+            if self.engine.has_work():
+                self.step()
+
+    def add(self, message: Add) -> None:
+        ticket, request = message.ticket, message.request
+        self.ids[ticket] = request.id  # before the engine sees it: a fault in `add` fails it too
+        if request.id in self.tickets:
+            self.refuse(ticket, InvalidRequest(f"a request with id {request.id!r} is being served", "id"))
+            return
+        self.tickets[request.id] = ticket
+        try:
+            self.engine.add(request)
+        except InvalidRequest as error:
+            del self.tickets[request.id]
+            self.refuse(ticket, error)
+
+    def refuse(self, ticket: int, error: InvalidRequest) -> None:
+        del self.ids[ticket]
+        self.channel.send(Refused(ticket, error.message, error.param, error.code))
+
+    def abort(self, message: Abort) -> None:
+        request_id = self.ids.pop(message.ticket, None)
+        if request_id is not None:
+            del self.tickets[request_id]
+            self.engine.abort(request_id)
+
+    def step(self) -> None:
+        events, stats = self.engine.step()
+        # An event of a request that is not open is the engine's fault: KeyError.
+        tickets = [self.tickets[event.id] for event in events]
+        self.channel.send(Stepped(stats, tickets, events))
+        for event in events:
+            if event.finish_reason is not None:
+                del self.ids[self.tickets.pop(event.id)]
+
+
+class _SocketChannel:
+    """A connected PAIR socket, watched together with the parent process."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        parent = multiprocessing.parent_process()
+        if parent is None:
+            raise RuntimeError("the engine's process must be started by multiprocessing")
+        self.socket, self.parent = socket, parent
+        self.poller = zmq.Poller()
+        self.poller.register(socket, zmq.POLLIN)
+        self.poller.register(parent.sentinel, zmq.POLLIN)  # readable once the parent is gone
+
+    def receive(self, wait: bool) -> Sequence[ToEngine]:
+        ready = dict(self.poller.poll(_POLL_MS if wait else 0))
+        if self.parent.sentinel in ready:
+            raise ClientGone
+        messages: list[ToEngine] = []
+        with contextlib.suppress(zmq.Again):  # raised once it is drained
+            while self.socket in ready:
+                messages.append(decode_to_engine(self.socket.recv(zmq.NOBLOCK)))
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        data = encode(message)
+        while True:
+            try:
+                return self.socket.send(data)  # waits at most SNDTIMEO
+            except zmq.Again:
+                if not self.parent.is_alive():
+                    raise ClientGone from None
+
+
+def main(endpoint: str, config: EngineConfig, factory: str, log_level: int) -> None:
+    """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault."""
+    # Ctrl-C reaches the whole process group; ending the engine is its client's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.SNDTIMEO, _POLL_MS)
+    socket.connect(endpoint)
+    try:
+        sound = serve(lambda: import_factory(factory)(config), _SocketChannel(socket))
+    except ClientGone:
+        sound = False
+    socket.close()
+    context.term()
+    if not sound:
+        # Without teardown: after a CUDA error it can hang, and there is nothing left to save.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def describe(error: Exception) -> str:
+    """An error for people who do not see the traceback."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,89 @@
+"""The app: routes, the layers around them, and the engine's life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from transformers import PreTrainedTokenizerBase
+
+from engine.client import EngineClient
+from server import errors, openapi
+from server.auth import KeyAuth
+from server.context import Context
+from server.logprobs import TokenTable, fast_tokenizer
+from server.logs import RequestContext
+from server.metrics import Metrics
+from server.render import Renderer
+from server.routes import chat, completions, models, ops
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTokenizerBase) -> FastAPI:
+    """An app that owns `engine`: starts it in the background with the app, closes it at the end.
+
+    Until it is ready, `/health`, `/ready` and requests answer 503; if it cannot load at all, the app
+    stays up and says why. Raises ValueError for a tokenizer that is not a fast one.
+    """
+    context = Context(
+        settings=settings,
+        engine=engine,
+        tokenizer=fast_tokenizer(tokenizer),
+        table=TokenTable(tokenizer),
+        renderer=Renderer(tokenizer),
+        metrics=Metrics(),
+    )
+    context.metrics.watch(engine)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(context))
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await engine.close()
+            context.renderer.close()
+
+    app = FastAPI(
+        title="disco-serve", version=ops.product_version(), lifespan=lifespan, redirect_slashes=False
+    )
+    app.state.context = context
+    for router in (completions.router, chat.router, models.router, ops.router):
+        app.include_router(router)
+    errors.install(app)
+    openapi.install(app)
+    _add_layers(app, context)
+    return app
+
+
+async def _load(context: Context) -> None:
+    try:
+        await context.engine.start()
+    except Exception as error:  # nobody awaits this task: what happened shows in the log and in /health
+        log.exception("the engine cannot load")
+        context.loading_error = error
+    else:
+        log.info("the engine is ready: %s", context.engine.info)
+
+
+def _add_layers(app: FastAPI, context: Context) -> None:
+    """Inner ones first: keys, then CORS (preflights carry no key), then ids, errors and logs."""
+    settings = context.settings
+    app.add_middleware(KeyAuth, keys=[key.get_secret_value() for key in settings.api_key])
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(RequestContext, metrics=context.metrics)

@@ -1,0 +1,184 @@
+"""The command `disco-serve`: serve, generate, models."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
+from server.flags import fail, one_line_errors, settings_flags
+from server.settings import Settings
+
+app = typer.Typer(
+    name="disco-serve",
+    help="Serve language models over OpenAI's API with lossless speculation.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # whole flag names, whatever the width
+    pretty_exceptions_enable=False,
+)
+models = typer.Typer(help="The models that have a short name.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models, name="models")
+
+_ENGINE_FLAGS = (
+    "target",
+    "draft",
+    "policy",
+    "policy_options",
+    "device",
+    "dtype",
+    "max_model_len",
+    "memory_fraction",
+    "kv_blocks",
+    "max_sl",
+    "token_budget",
+    "threads",
+    "trust_remote_code",
+    "log_level",
+)
+_SERVER_FLAGS = (
+    "host",
+    "port",
+    "api_key",
+    "served_model_name",
+    "max_num_seqs",
+    "prefix_cache",
+    "cors_origins",
+    "max_body_bytes",
+    "shutdown_seconds",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"disco-serve {version('disco-serve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@settings_flags(*_SERVER_FLAGS, *_ENGINE_FLAGS)
+def serve(settings: Settings) -> None:
+    """Serve a target model over OpenAI's API. Every flag also reads DISCO_<NAME>."""
+    from engine.models.references import ModelError
+    from server import logs
+    from server.launch import run
+
+    logs.configure(settings.log_level)
+    with one_line_errors(ModelError, EngineUnavailable, InvalidRequest):
+        listener = _listen(settings.host, settings.port)
+        with listener:
+            run(settings, listener)
+
+
+@app.command()
+@settings_flags(*_ENGINE_FLAGS)
+def generate(
+    settings: Settings,
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or the user's message.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable, whatever the draft.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Chat template; default: if the model has one.")
+    ] = None,
+    color: Annotated[
+        bool | None, typer.Option("--color/--no-color", help="Mark drafted tokens; default: on a terminal.")
+    ] = None,
+) -> None:
+    """Generate from one prompt here, without a server: the text as it comes, then what speculation did."""
+    from engine.models.references import ModelError
+    from server.generate import run
+
+    _log_to_stderr(settings.log_level if settings.log_level != "info" else "warning")
+    with one_line_errors(ModelError, EngineUnavailable, InvalidRequest, RequestFailed):
+        asyncio.run(
+            run(
+                settings,
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+                chat=chat,
+                color=color,
+            )
+        )
+
+
+@models.command("list")
+def list_models() -> None:
+    """Models by short name, and where their files lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine.models.references import ALIASES, cached
+
+    table = Table("name", "model", "what", "here", box=None)
+    for column in table.columns:
+        column.overflow = "fold"  # paths are for copying
+    for name, alias in ALIASES.items():
+        table.add_row(name, alias.hub_id, alias.note, str(cached(name) or "no"))
+    Console().print(table)
+
+
+@models.command("pull")
+def pull_model(
+    name: Annotated[str, typer.Argument(help="An alias, a Hugging Face id or a .gguf file to convert.")],
+) -> None:
+    """Fetch a model now, so that a later start does not have to. Prints where it lies."""
+    from engine.models.references import ModelError, pull
+
+    _log_to_stderr("info")
+    with one_line_errors(ModelError):
+        print(pull(name))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+class _OneLine(logging.Formatter):
+    """The message without the traceback: what went wrong is in it, and people read this on a terminal."""
+
+    def formatException(self, ei: Any) -> str:
+        return f"{ei[0].__name__}: {ei[1]}"
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s") if level == "debug" else _OneLine("%(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request is not news here
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, before any model is loaded: a taken port is told at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        fail(f"cannot listen on {host}: {error.strerror or error}")
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        fail(f"cannot listen on {host}:{port}: {error.strerror or error}")
+    return listener

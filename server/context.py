@@ -1,0 +1,68 @@
+"""What the routes of one app share, and the questions that they all ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from fastapi import Request
+from tokenizers import Tokenizer
+
+from engine.client import EngineClient
+from engine.types import EngineUnavailable, ModelInfo
+from server.detokenize import TextStream
+from server.errors import ApiError, unavailable
+from server.logprobs import TokenTable
+from server.metrics import Metrics
+from server.protocol.common import GenerationBody
+from server.render import Renderer
+from server.settings import Settings
+
+
+@dataclass
+class Context:
+    """One app's parts. `loading_error`: why the engine could not load."""
+
+    settings: Settings
+    engine: EngineClient
+    tokenizer: Tokenizer
+    table: TokenTable
+    renderer: Renderer
+    metrics: Metrics
+    loading_error: Exception | None = None
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for a model that is not served here."""
+        names = self.settings.served_model_name
+        if name not in names:
+            message = f"the model '{name}' is not served here; served: {', '.join(names)}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def ready(self) -> ModelInfo:
+        """The loaded model. Raises ApiError 503 while there is none that could serve."""
+        if self.engine.state != "ready":
+            raise unavailable(f"the engine is {self.engine.state}")
+        return self.engine.info
+
+    def known(self) -> ModelInfo | None:
+        """The model as it was last loaded, also while the engine is down; None before."""
+        try:
+            return self.engine.info
+        except EngineUnavailable:
+            return None
+
+    def text_stream(self, body: GenerationBody, continues: Sequence[int]) -> TextStream:
+        """Reads the answer to `body` as text that continues the tokens `continues`."""
+        return TextStream(
+            self.tokenizer,
+            skip_special_tokens=body.skip_special_tokens,
+            stop=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            min_tokens=body.min_tokens,
+            prompt_ids=continues,
+        )
+
+
+def context_of(request: Request) -> Context:
+    return cast(Context, request.app.state.context)

@@ -1,0 +1,88 @@
+"""Errors as OpenAI's body: {"error": {"message", "type", "param", "code"}}, every key present."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 5
+_TYPES = {503: "service_unavailable_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error. `status` is the HTTP status, the rest is OpenAI's body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        fallback = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _TYPES.get(self.status, fallback)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def unavailable(message: str) -> ApiError:
+    """503 with Retry-After: the engine is loading, restarting or dead."""
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return ApiError(503, message, code="engine_unavailable", headers=headers)
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Whose fault it is, as a status. What is not known is ours: 500, logged, and no detail shown."""
+    match error:
+        case ApiError():
+            return error
+        case InvalidRequest():
+            return ApiError(400, error.message, error.param, error.code)
+        case EngineUnavailable():
+            return unavailable(str(error) or "the engine is not available")
+        case RequestFailed():
+            return ApiError(500, str(error) or "the engine gave up this request", code="request_failed")
+        case HTTPException():
+            return _http_error(error)
+        case _:
+            log.error("unexpected error", exc_info=error)
+            return ApiError(500, "internal server error", code="internal_error")
+
+
+def _http_error(error: HTTPException) -> ApiError:
+    status = HTTPStatus(error.status_code)
+    code = status.phrase.lower().replace(" ", "_")
+    return ApiError(status, str(error.detail), code=code, headers=dict(error.headers or {}))
+
+
+def _answer(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        error = ApiError(404, f"no route {request.method} {request.url.path}", code="not_found")
+    return to_api_error(error).response()
+
+
+def install(app: FastAPI) -> None:
+    """Every error that a route raises is answered in OpenAI's shape.
+
+    Errors that are not listed here pass to `RequestContext`, which answers 500 with a request id.
+    """
+    for kind in (ApiError, InvalidRequest, EngineUnavailable, RequestFailed, HTTPException):
+        app.add_exception_handler(kind, _answer)

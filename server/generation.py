@@ -1,0 +1,215 @@
+"""From engine events to pieces of text: one `Choice` per sequence, many choices at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import anyio
+
+from engine.client import EngineClient
+from engine.types import EngineUnavailable, GenerateRequest, RequestFailed, TokenEvent, TokenLogprob
+from server.detokenize import TextStream
+from server.metrics import Metrics
+from server.render import Prompt
+from server.statistics import Speculated, total, usage
+
+Ending = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What may be shown of a choice since the last piece. The last one has a `finish_reason`."""
+
+    choice: Choice
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]  # one per token id if the request asks for them, else empty
+    offsets: list[int]  # where each token begins in the choice's text
+    first: bool
+    finish_reason: Ending | None
+
+
+class Choice:
+    """One sequence: its request, and what has come of it so far."""
+
+    def __init__(
+        self, index: int, request: GenerateRequest, prompt: Prompt, stream: TextStream, include_stop: bool
+    ) -> None:
+        self.index, self.request, self.prompt = index, request, prompt
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
+        self.cached_tokens = 0
+        self.finish_reason: Ending | None = None
+        self.speculated = Speculated()
+        self._stream = stream
+        self._include_stop = include_stop
+        self._blocks: list[TokenEvent] = []
+        self._shown = self._shown_tokens = 0
+        self._begun = False
+
+    @property
+    def text(self) -> str:
+        return self._stream.text
+
+    @property
+    def offsets(self) -> list[int]:
+        return self._stream.starts
+
+    @property
+    def shown_tokens(self) -> int:
+        """Tokens in the pieces so far; all that count once it is finished."""
+        return self._shown_tokens
+
+    def take(self, event: TokenEvent) -> Piece | None:
+        """Takes one event in; None if it gives nothing to show yet.
+
+        Raises RequestFailed and EngineUnavailable if the event says that the engine gave up.
+        """
+        if event.finish_reason == "error":
+            raise RequestFailed(event.error or "the engine gave up this request")
+        if event.finish_reason == "abort":
+            raise EngineUnavailable("the engine aborted this request")
+        self.cached_tokens += event.cached_tokens
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        self._read(event)
+        if event.finish_reason is not None and not self._stream.finish():
+            self.finish_reason = event.finish_reason
+        if self._stream.stopped:
+            self.finish_reason = "stop"
+            kept = len(self._stream.starts)  # the stop string takes its tokens with it
+            del self.token_ids[kept:], self.logprobs[kept:]
+        self._account(event)
+        return self._piece()
+
+    def _read(self, event: TokenEvent) -> None:
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs or ()
+        last = len(event.token_ids) - 1
+        for i, token_id in enumerate(event.token_ids):
+            ends = event.stop_token_id is not None and i == last
+            if self._stream.push(token_id, silent=ends and not self._include_stop):
+                return
+
+    def _piece(self) -> Piece | None:
+        start, end = self._shown, self._stream.safe
+        first_token, last_token = self._shown_tokens, self._stream.safe_tokens
+        if self.finish_reason is None and start == end and first_token == last_token and self._begun:
+            return None
+        piece = Piece(
+            choice=self,
+            text=self.text[start:end],
+            token_ids=self.token_ids[first_token:last_token],
+            logprobs=self.logprobs[first_token:last_token],
+            offsets=self.offsets[first_token:last_token],
+            first=not self._begun,
+            finish_reason=self.finish_reason,
+        )
+        self._shown, self._shown_tokens, self._begun = end, last_token, True
+        return piece
+
+    def _account(self, event: TokenEvent) -> None:
+        """Keeps `speculated` the sum over the events, without tokens that a stop string took."""
+        self._blocks.append(event)
+        if not self._stream.stopped:
+            self.speculated.add(event, len(event.token_ids))
+            return
+        self.speculated = Speculated()  # the cut may reach into earlier events
+        room = len(self.token_ids)
+        for block in self._blocks:
+            kept = min(len(block.token_ids), room)
+            room -= kept
+            self.speculated.add(block, kept)
+
+    def mean_logprob(self) -> float:
+        """Mean log-probability in nats of its tokens; of nothing, the worst there is."""
+        if not self.logprobs:
+            return float("-inf")
+        return sum(logprob.logprob for logprob in self.logprobs) / len(self.logprobs)
+
+
+def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Usage of a request so far: each prompt once, and the tokens shown of every choice."""
+    by_prompt = {id(choice.prompt): choice for choice in reversed(choices)}  # the first choice of each
+    prompts = sum(len(choice.prompt.ids) for choice in by_prompt.values())
+    cached = sum(choice.cached_tokens for choice in by_prompt.values())
+    tokens = sum(choice.shown_tokens for choice in choices)
+    return usage(prompts, cached, tokens, total(choice.speculated for choice in choices))
+
+
+async def check_all(engine: EngineClient, requests: Sequence[GenerateRequest]) -> None:
+    """Raises InvalidRequest if the engine would refuse any of them. Runs nothing."""
+    for request in requests:
+        await engine.check(request)
+        await asyncio.sleep(0)  # thousands of long prompts: the streams of others go on in between
+
+
+async def generate(
+    engine: EngineClient, choices: Sequence[Choice], metrics: Metrics
+) -> AsyncGenerator[Piece, None]:
+    """Runs all choices at once; pieces come as they are made. Closing it aborts what still runs.
+
+    Raises what the first choice to fail raised: InvalidRequest, EngineUnavailable, RequestFailed.
+    """
+    pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    tasks = [asyncio.create_task(_run(engine, choice, metrics, pieces)) for choice in choices]
+    running = len(tasks)
+    try:
+        while running:
+            piece = await pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            running -= piece.finish_reason is not None
+            yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        with anyio.CancelScope(shield=True):  # a client that left must not cut the aborts short
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run(
+    engine: EngineClient, choice: Choice, metrics: Metrics, pieces: asyncio.Queue[Piece | Exception]
+) -> None:
+    outcome = "abort"  # what stands if this task is cancelled
+    metrics.in_flight.inc()
+    metrics.prompt_tokens.inc(len(choice.prompt.ids))
+    try:
+        last = await _follow(engine, choice, metrics, pieces)
+        outcome = str(last.finish_reason)
+        pieces.put_nowait(last)
+    except Exception as error:  # handed to `generate`, which raises it where the answer is made
+        outcome = "error"
+        pieces.put_nowait(error)
+    finally:
+        metrics.in_flight.dec()
+        metrics.requests.labels(outcome).inc()
+
+
+async def _follow(
+    engine: EngineClient, choice: Choice, metrics: Metrics, pieces: asyncio.Queue[Piece | Exception]
+) -> Piece:
+    """Reads the events of one choice; returns its last piece once the engine's side is closed."""
+    seen, started = choice.request.arrival, False
+    events = engine.generate(choice.request)
+    try:
+        async for event in events:
+            if event.token_ids:
+                now = time.monotonic()
+                metrics.tokens(len(event.token_ids), now - seen, first=not started)
+                seen, started = now, True
+            piece = choice.take(event)
+            if piece is not None and piece.finish_reason is not None:
+                metrics.end_to_end.observe(time.monotonic() - choice.request.arrival)
+                return piece
+            if piece is not None:
+                pieces.put_nowait(piece)
+    finally:
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()  # after a stop string this aborts the engine's request
+    raise EngineUnavailable("the engine ended this request without a last event")

@@ -1,0 +1,83 @@
+"""Puts the server together and runs it: tokenizer, engine process, app, uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from importlib.metadata import version
+
+import uvicorn
+from transformers import PreTrainedTokenizerBase
+
+from engine.client import EngineClient
+from engine.client_worker import WorkerEngine
+from engine.types import EngineUnavailable
+from server.app import create_app
+from server.prepare import prepare
+from server.settings import Settings
+
+_LOOK_SECONDS = 0.1  # between looks at an engine that is loading
+
+
+def run(settings: Settings, listener: socket.socket) -> None:
+    """Serves on the bound socket until a signal ends it.
+
+    Raises what `prepare` raises, before the engine is started, and EngineUnavailable if it cannot load.
+    """
+    config = settings.engine_config()
+    address = _address(listener)
+    print(f"disco-serve {version('disco-serve')} on {address}", file=sys.stderr)
+    print(f"  target {config.target}, draft {config.draft}, policy {config.policy}; loading", file=sys.stderr)
+    tokenizer = prepare(config)
+    asyncio.run(_serve(settings, tokenizer, listener, address))
+
+
+async def _serve(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, listener: socket.socket, address: str
+) -> None:
+    engine = WorkerEngine(settings.engine_config())
+    config = uvicorn.Config(
+        create_app(settings, engine, tokenizer),
+        lifespan="on",
+        log_config=None,  # server.logs has the say
+        log_level="warning",  # start and end are told here
+        access_log=False,  # the app logs its requests itself
+        timeout_graceful_shutdown=int(settings.shutdown_seconds),
+    )
+    server = uvicorn.Server(config)
+    loading = asyncio.create_task(_watch_loading(server, engine, address))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        loading.cancel()
+    if not server.started:
+        raise EngineUnavailable("the server did not start; the log says why")
+    if loading.done() and not loading.cancelled():
+        loading.result()
+
+
+async def _watch_loading(server: uvicorn.Server, engine: EngineClient, address: str) -> None:
+    """Says when the engine is ready, and what the KV pool took. Ends a server that can never be ready."""
+    while engine.state == "loading":
+        await asyncio.sleep(_LOOK_SECONDS)
+    if engine.state == "dead":
+        server.should_exit = True
+    if engine.state != "closed":
+        print(_ready_lines(engine, address), file=sys.stderr)  # raises EngineUnavailable if it is dead
+
+
+def _ready_lines(engine: EngineClient, address: str) -> str:
+    info = engine.info
+    tokens = info.kv_blocks * info.block_size
+    return (
+        f"  ready: {info.dtype} on {info.device}, context {info.max_model_len}, "
+        f"KV pool {info.kv_blocks} blocks = {tokens} tokens\n"
+        f"  try: curl -N {address}/v1/completions -H 'content-type: application/json' "
+        '-d \'{"model": "%s", "prompt": "The capital of France is", "stream": true}\'' % info.target
+    )
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,27 @@
+"""What is checked here, before an engine is started: wrong names are then told in one line."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.config import EngineConfig
+from engine.models.load import ModelError, load_tokenizer, resolve
+from engine.speculation.policy import options_of
+from server.logprobs import fast_tokenizer
+
+
+def prepare(config: EngineConfig) -> PreTrainedTokenizerBase:
+    """The target's tokenizer. Models that are not here yet are fetched, with progress.
+
+    Raises InvalidRequest for the policy and its options, ModelNotFound or another ModelError for
+    target and draft.
+    """
+    options_of(config.policy, config.policy_options)
+    if config.draft not in ("none", "ngram") and not config.draft.startswith("self:"):
+        resolve(config.draft)
+    tokenizer = load_tokenizer(config.target, config.trust_remote_code)
+    try:
+        fast_tokenizer(tokenizer)
+    except ValueError as error:
+        raise ModelError(f"model {config.target!r}: {error}") from error
+    return tokenizer

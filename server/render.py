@@ -1,0 +1,89 @@
+"""Prompts and messages to token ids, and the checks that need their number."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from engine.types import InvalidRequest, ModelInfo
+from server.protocol.chat import ChatBody
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the text that they were made of (None if the client sent ids)."""
+
+    ids: tuple[int, ...]
+    text: str | None
+
+
+class Renderer:
+    """Encodes on a thread of its own: a long prompt must not hold up the streams of others."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    async def prompts(self, items: Sequence[str | list[int]]) -> list[Prompt]:
+        """Prompts of a completion: strings get the special tokens that the tokenizer adds by itself."""
+        return await self._run(lambda: [self._prompt(item) for item in items])
+
+    async def chat(self, body: ChatBody) -> Prompt:
+        """Messages through the model's chat template. Raises InvalidRequest with the template's message."""
+        return await self._run(lambda: self._chat(body))
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _prompt(self, item: str | list[int]) -> Prompt:
+        if isinstance(item, str):
+            return Prompt(self._encode(item, special=True), item)
+        return Prompt(tuple(item), None)
+
+    def _chat(self, body: ChatBody) -> Prompt:
+        if not self._tokenizer.chat_template:
+            message = "the model has no chat template; use /v1/completions"
+            raise InvalidRequest(message, "messages", "no_chat_template")
+        if body.add_generation_prompt is None:
+            answer_next = not body.continue_final_message
+        else:
+            answer_next = body.add_generation_prompt
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [message.for_template() for message in body.messages],
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                continue_final_message=body.continue_final_message,
+            )
+        # a template runs on what the client sent: what it trips over is the client's
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            message = f"the chat template refuses these messages: {error}"
+            raise InvalidRequest(message, "messages", "chat_template_error") from error
+        # the template writes BOS and the like itself
+        return Prompt(self._encode(str(text), special=False), None)
+
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def room_left(prompt: Prompt, info: ModelInfo) -> int:
+    """Tokens that the context still holds after the prompt. Raises InvalidRequest if none."""
+    room = info.max_model_len - len(prompt.ids)
+    if room < 1:
+        message = (
+            f"the model's context is {info.max_model_len} tokens; the messages take {len(prompt.ids)} "
+            "and leave no room for an answer"
+        )
+        raise InvalidRequest(message, "messages", "context_length_exceeded")
+    return room

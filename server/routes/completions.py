@@ -1,0 +1,189 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+
+from engine.types import GenerateRequest
+from server.context import Context, context_of
+from server.detokenize import TextStream
+from server.generation import Choice, Piece, check_all, generate, usage_of
+from server.logprobs import completion_logprobs
+from server.openapi import body_schema
+from server.protocol import body as bodies
+from server.protocol.completions import CompletionBody
+from server.render import Prompt
+from server.statistics import total
+from server.stream import plain, sse
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+async def completions(request: Request) -> Response:
+    """Continues one or several prompts; `stream` sends tokens as they come."""
+    context = context_of(request)
+    body = await bodies.read(request, CompletionBody, context.settings.max_body_bytes)
+    context.check_model(body.model)
+    context.ready()
+    answer = _Answer(context, body)
+    prompts = await context.renderer.prompts(body.prompt)
+    choices = await answer.choices(prompts)
+    if body.stream:
+        return sse(answer.chunks(choices), context.settings.shutdown_seconds)
+    return await plain(request, answer.whole(choices))
+
+
+@dataclass
+class _Answer:
+    """One request's answer, streamed or whole."""
+
+    context: Context
+    body: CompletionBody
+    id: str = field(default_factory=lambda: f"cmpl-{uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    arrival: float = field(default_factory=time.monotonic)
+
+    async def choices(self, prompts: list[Prompt]) -> list[Choice]:
+        """All candidates of all prompts. Raises InvalidRequest if the engine would refuse any."""
+        numbers = range(self.body.candidates)
+        own = [prompt for prompt in prompts for _ in numbers]
+        requests = [self._request(p, i, prompt) for p, prompt in enumerate(prompts) for i in numbers]
+        await check_all(self.context.engine, requests)
+        include_stop = self.body.include_stop_str_in_output
+        return [
+            Choice(i, request, prompt, self.context.text_stream(self.body, prompt.ids), include_stop)
+            for i, (request, prompt) in enumerate(zip(requests, own, strict=True))
+        ]
+
+    def _request(self, prompt_index: int, i: int, prompt: Prompt) -> GenerateRequest:
+        body = self.body
+        return GenerateRequest(
+            id=f"{self.id}-{prompt_index * body.candidates + i}",
+            prompt_ids=prompt.ids,
+            params=body.sampling(
+                choice=i,
+                max_tokens=body.max_tokens,
+                # without them there is no telling which candidate is the best
+                logprobs=0 if body.logprobs is None and body.candidates > body.n else body.logprobs,
+                prompt_logprobs=body.logprobs if body.echo else None,
+            ),
+            speculation=body.speculation.params(),
+            priority=body.priority,
+            arrival=self.arrival,
+            cache_salt=body.cache_salt,
+        )
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.body.model,
+        }
+
+    async def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        async with aclosing(generate(self.context.engine, choices, self.context.metrics)) as pieces:
+            async for _ in pieces:
+                pass
+        best = self._best(choices)
+        entries = [self._entry(index, choice) for index, choice in enumerate(best)]
+        if len(entries) > 1:
+            for entry, choice in zip(entries, best, strict=True):
+                entry["speculation"] = choice.speculated.body()
+        speculation = total(choice.speculated for choice in choices).body()
+        return {**self.head(), "choices": entries, "usage": usage_of(choices), "speculation": speculation}
+
+    def _best(self, choices: list[Choice]) -> list[Choice]:
+        """The `n` of each prompt's candidates with the highest mean log-probability."""
+        step, n = self.body.candidates, self.body.n
+        if step == n:
+            return choices
+        best: list[Choice] = []
+        for start in range(0, len(choices), step):
+            ranked = sorted(choices[start : start + step], key=Choice.mean_logprob, reverse=True)
+            best += ranked[:n]
+        return best
+
+    def _entry(self, index: int, choice: Choice) -> dict[str, Any]:
+        """A choice as a whole: as one piece that holds everything."""
+        everything = Piece(
+            choice=choice,
+            text=choice.text,
+            token_ids=choice.token_ids,
+            logprobs=choice.logprobs,
+            offsets=choice.offsets,
+            first=True,
+            finish_reason=choice.finish_reason,
+        )
+        return self._piece(index, everything)
+
+    def _piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece as an entry of `choices`; the first one has the prompt in front, if echoed."""
+        body, choice = self.body, piece.choice
+        echo = self._echo(choice.prompt) if body.echo else ""
+        entry: dict[str, Any] = {
+            "index": index,
+            "text": (echo if piece.first else "") + piece.text,
+            "logprobs": None,
+            "finish_reason": piece.finish_reason,
+        }
+        if body.logprobs is not None:
+            offsets = [len(echo) + offset for offset in piece.offsets]
+            entry["logprobs"] = completion_logprobs(
+                self.context.table, piece.token_ids, piece.logprobs, offsets
+            )
+            if body.echo and piece.first:
+                own = entry["logprobs"]
+                entry["logprobs"] = {k: v + own[k] for k, v in self._prompt_logprobs(choice).items()}
+        if body.return_token_ids:
+            entry["token_ids"] = piece.token_ids
+            if piece.first:
+                entry["prompt_token_ids"] = list(choice.prompt.ids)
+        return entry
+
+    def _echo(self, prompt: Prompt) -> str:
+        """The prompt as the client wrote it; ids as the tokenizer writes them."""
+        if prompt.text is not None:
+            return prompt.text
+        skip = self.body.skip_special_tokens
+        return self.context.tokenizer.decode(list(prompt.ids), skip_special_tokens=skip)
+
+    def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
+        if choice.prompt_logprobs is None:
+            raise RuntimeError("the engine sent no log-probabilities of the prompt")
+        skip = self.body.skip_special_tokens
+        text = TextStream(self.context.tokenizer, skip_special_tokens=skip)
+        for token_id in choice.prompt.ids:
+            text.push(token_id)
+        return completion_logprobs(self.context.table, choice.prompt.ids, choice.prompt_logprobs, text.starts)
+
+    async def chunks(self, choices: list[Choice]) -> AsyncGenerator[dict[str, Any], None]:
+        body, head = self.body, self.head()
+        async with aclosing(generate(self.context.engine, choices, self.context.metrics)) as pieces:
+            async for piece in pieces:
+                if not self._worth_sending(piece):
+                    continue
+                chunk = {**head, "choices": [self._piece(piece.choice.index, piece)]}
+                if body.continuous_usage:
+                    chunk["usage"] = usage_of(choices)
+                elif body.include_usage:
+                    chunk["usage"] = None
+                if piece.finish_reason is not None:
+                    chunk["speculation"] = piece.choice.speculated.body()
+                yield chunk
+        if body.include_usage:
+            yield {**head, "choices": [], "usage": usage_of(choices)}
+
+    def _worth_sending(self, piece: Piece) -> bool:
+        body = self.body
+        tokens_shown = bool(piece.token_ids) and (body.logprobs is not None or body.return_token_ids)
+        wanted = piece.first and (body.echo or body.return_token_ids)
+        return bool(piece.text or piece.finish_reason or tokens_shown or wanted)

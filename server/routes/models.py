@@ -1,0 +1,59 @@
+"""GET /v1/models, /v1/models/{id} and /v1/policies."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from engine.speculation.policy import describe
+from server.context import Context, context_of
+
+router = APIRouter()
+_STARTED = int(time.time())
+
+
+def _model(context: Context, name: str) -> dict[str, Any]:
+    """OpenAI's model object. `max_model_len` (tokens) is null until the model was loaded once."""
+    info = context.known()
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "disco-serve",
+        "max_model_len": None if info is None else info.max_model_len,
+    }
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The names that requests may use; all are the one target."""
+    context = context_of(request)
+    names = context.settings.served_model_name
+    return {"object": "list", "data": [_model(context, name) for name in names]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def model(request: Request, model_id: str) -> dict[str, Any]:
+    """One of them."""
+    context = context_of(request)
+    context.check_model(model_id)
+    return _model(context, model_id)
+
+
+@router.get("/v1/policies")
+async def policies(request: Request) -> dict[str, Any]:
+    """What the field `speculation` may name: drafters, and policies with their options as JSON schema."""
+    info = context_of(request).ready()
+    return {
+        "object": "list",
+        "drafters": list(info.drafters),
+        "policies": [{"name": name, "options": schema} for name, schema in describe().items()],
+        "max_sl": info.max_sl,
+        "default": {
+            "drafter": info.default_drafter,
+            "policy": info.default_policy,
+            "options": info.default_options,
+        },
+    }

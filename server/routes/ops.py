@@ -1,0 +1,56 @@
+"""For those who run the server: /health, /ready, /version, /metrics. None of them needs a key."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from server.context import context_of
+from server.errors import unavailable
+
+router = APIRouter()
+
+
+def product_version() -> str:
+    """The installed version; "unknown" in a source tree that was never installed."""
+    try:
+        return version("disco-serve")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, Any]:
+    """200 while the engine lives and answers; 503 while it loads, restarts, or is dead."""
+    context = context_of(request)
+    engine = context.engine
+    if engine.state != "ready":
+        raise unavailable(f"the engine is {engine.state}{_why(context.loading_error)}")
+    return {"status": "ok", "engine": engine.state, "restarts": engine.restarts}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> dict[str, Any]:
+    """200 if a request would be served now: whether to send traffic here."""
+    info = context_of(request).ready()
+    return {"status": "ready", "target": info.target, "draft": info.draft, "device": info.device}
+
+
+def _why(error: BaseException | None) -> str:
+    return "" if error is None else f": {error}"
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    """The version of disco-serve."""
+    return {"version": product_version()}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text, or OpenMetrics if asked for."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(context_of(request).metrics.registry), media_type=content_type)

@@ -1,0 +1,86 @@
+"""The server's settings: one model, filled from flags, `DISCO_*` variables and defaults, in that order."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from engine.config import DType, EngineConfig
+
+
+def _listed(value: Any) -> Any:
+    """A list from an environment variable: JSON, or names set apart by commas."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+Strings = Annotated[list[str], NoDecode, BeforeValidator(_listed)]
+Secrets = Annotated[list[SecretStr], NoDecode, BeforeValidator(_listed)]
+
+
+class Settings(BaseSettings):
+    """Everything that a server is started with. `None` leaves the choice to the engine.
+
+    Raises pydantic's ValidationError for unknown names and values out of range.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DISCO_", extra="forbid", frozen=True)
+
+    target: str = Field("smollm2", min_length=1, description="target model: alias, id, directory or .gguf")
+    draft: str | None = Field(None, description="ngram (default), none, self:N or a model reference")
+    policy: str = Field("heuristic", description="stop policy of requests that name none")
+    policy_options: dict[str, Any] = Field({}, description="options of that policy, as JSON")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_key: Secrets = Field([], description="keys that open the API; none: open to all")
+    served_model_name: Strings = Field([], description="names that requests may use; default: the target")
+    cors_origins: Strings = Field([], description="browser origins allowed; default: none")
+    max_body_bytes: int = Field(8 * 2**20, ge=1, description="largest request body in bytes")
+    shutdown_seconds: float = Field(30.0, ge=0, description="time that open streams get at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: DType = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    max_model_len: int | None = Field(None, ge=1, description="prompt and output together, in tokens")
+    memory_fraction: float | None = Field(None, gt=0, le=1, description="of free memory, for the KV cache")
+    kv_blocks: int | None = Field(None, ge=1, description="KV blocks, instead of memory_fraction")
+    max_num_seqs: int = Field(64, ge=1, description="sequences that run at once")
+    max_sl: int = Field(16, ge=0, description="largest speculation lookahead, in tokens")
+    token_budget: int | None = Field(None, ge=1, description="tokens of one target pass")
+    prefix_cache: bool = Field(True, description="reuse the KV of shared prompt prefixes")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
+    trust_remote_code: bool = Field(False, description="run code that comes with a model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_target(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("served_model_name"):
+            data = {**data, "served_model_name": [data.get("target", cls.model_fields["target"].default)]}
+        return data
+
+    def engine_config(self) -> EngineConfig:
+        """What the engine process needs of these settings."""
+        return EngineConfig(
+            target=self.target,
+            draft=self.draft or "ngram",
+            policy=self.policy,
+            policy_options=self.policy_options,
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            kv_blocks=self.kv_blocks,
+            memory_fraction=self.memory_fraction,
+            max_num_seqs=self.max_num_seqs,
+            token_budget=self.token_budget,
+            max_sl=self.max_sl,
+            prefix_cache=self.prefix_cache,
+            threads=self.threads,
+            trust_remote_code=self.trust_remote_code,
+        )

@@ -1,0 +1,58 @@
+"""How answers leave: server-sent events, or one body; either way nobody generates for a client that left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from sse_starlette.sse import EventSourceResponse
+
+from server.errors import to_api_error
+
+T = TypeVar("T")
+CLIENT_GONE = 499  # nobody reads it; it is what the access log and the metrics say
+
+
+def sse(chunks: AsyncGenerator[dict[str, Any], None], shutdown_seconds: float) -> Response:
+    """Streams `chunks` as events, then [DONE]. An error is the last event, without a [DONE] after it."""
+    return EventSourceResponse(_events(chunks), sep="\n", shutdown_grace_period=shutdown_seconds)
+
+
+async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                yield _event(chunk)
+        except Exception as error:  # the status is out: what went wrong can only be told in the stream
+            yield _event(to_api_error(error).body)
+            return
+    yield b"data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def plain(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """The answer as one JSON body. A client that leaves meanwhile cancels the work on it."""
+    work = asyncio.create_task(answer)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return Response(status_code=CLIENT_GONE)
+        return Response(msgspec.json.encode(work.result()), media_type="application/json")
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has left. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,277 @@
+"""The engine's process: everything that can befall it, and what its waiters then hear."""
+
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.client_worker import WorkerEngine
+from engine.config import EngineConfig
+from engine.types import EngineUnavailable, GenerateRequest, InvalidRequest, SamplingParams, StepStats, TokenEvent
+
+sys.path.insert(0, str(Path(__file__).parent))  # the worker process gets it too
+from scripted_engine import BREAK_ADD, COUNT, EXIT, HANG, KILL, RAISE, REFUSE, SLOW
+
+FACTORY = "scripted_engine:Scripted"
+PATIENCE = 60  # seconds; a bound for hangs, not a measure
+numbers = itertools.count()
+
+
+def request(kind: int = COUNT, max_tokens: int = 5, request_id: str | None = None, **more: Any) -> GenerateRequest:
+    return GenerateRequest(
+        id=request_id or f"r{next(numbers)}",
+        prompt_ids=(kind, 1),
+        params=SamplingParams(max_tokens=max_tokens),
+        **more,
+    )
+
+
+async def read(engine: WorkerEngine, asked: GenerateRequest) -> list[TokenEvent]:
+    async with asyncio.timeout(PATIENCE):
+        return [event async for event in engine.generate(asked)]
+
+
+def tokens(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WorkerEngine]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05, grace=1.0)
+    await engine.start()
+    yield engine
+    await engine.close()
+    assert list(tmp_path.iterdir()) == []
+    assert not [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
+    assert engine.pid is None
+
+
+async def test_requests_are_served_side_by_side_and_statistics_heard(engine: WorkerEngine):
+    steps: list[tuple[StepStats, list[TokenEvent]]] = []
+    engine.on_step(lambda stats, events: steps.append((stats, events)))
+    results = await asyncio.gather(*(read(engine, request(max_tokens=50)) for _ in range(8)))
+    for events in results:
+        assert tokens(events) == list(range(50))
+        assert [event.finish_reason for event in events] == [None] * 49 + ["length"]
+    assert sum(len(events) for _, events in steps) == 400
+    assert sum(stats.rows for stats, _ in steps) == 400
+    assert (engine.state, engine.restarts, engine.info.target) == ("ready", 0, "ok")
+
+
+async def test_refusals_harm_nobody_else(engine: WorkerEngine):
+    other = asyncio.create_task(read(engine, request(SLOW, max_tokens=20)))
+    with pytest.raises(InvalidRequest) as refused:  # by the process
+        await read(engine, request(REFUSE))
+    assert (refused.value.message, refused.value.param, refused.value.code) == ("the engine says no", "prompt", "no")
+    with pytest.raises(InvalidRequest, match="vocabulary"):  # before it gets there
+        await read(engine, request(1000))
+    with pytest.raises(InvalidRequest, match="vocabulary"):
+        await engine.check(request(1000))
+    assert tokens(await other) == list(range(20))
+
+
+async def test_an_id_is_taken_while_its_request_is_open_and_free_afterwards(engine: WorkerEngine):
+    stream = engine.generate(request(SLOW, 10**5, "same"))
+    await anext(stream)
+    with pytest.raises(InvalidRequest, match="same"):
+        await read(engine, request(request_id="same"))
+    await stream.aclose()
+    # At once, while events of the old one are under way: none of them may show up here.
+    assert tokens(await read(engine, request(request_id="same"))) == list(range(5))
+    assert tokens(await read(engine, request(request_id="same"))) == list(range(5))
+
+
+async def test_leaving_early_aborts(engine: WorkerEngine):
+    last: list[StepStats] = []
+    served: set[str] = set()
+
+    def listen(stats: StepStats, events: list[TokenEvent]) -> None:
+        last.append(stats)
+        served.update(event.id for event in events)
+
+    engine.on_step(listen)
+    stream = engine.generate(request(SLOW, 10**5))
+    await anext(stream)
+    await stream.aclose()
+    reader = asyncio.create_task(read(engine, request(SLOW, 10**5, "cancelled")))
+    await until(lambda: "cancelled" in served)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await read(engine, request())
+    assert (last[-1].running, last[-1].preemptions) == (0, 2)  # the script counts aborts there
+
+
+@pytest.mark.parametrize(("kind", "cause"), [(EXIT, r"exit code 7"), (KILL, r"signal 9")])
+async def test_a_death_fails_the_waiters_and_new_requests_are_served(engine: WorkerEngine, kind: int, cause: str):
+    bystander = asyncio.create_task(read(engine, request(SLOW, 10**5)))
+    seen: list[TokenEvent] = []
+    with pytest.raises(EngineUnavailable, match=f"the engine process died .{cause}.; it is being restarted"):
+        async for event in engine.generate(request(kind, max_tokens=9)):
+            seen.append(event)
+    assert tokens(seen) == [0, 1]  # what it said before its death is not lost
+    with pytest.raises(EngineUnavailable, match=cause):
+        await bystander
+    assert engine.state == "restarting"
+    with pytest.raises(EngineUnavailable, match="restarting"):
+        await read(engine, request())
+    await engine.check(request())  # needs no engine
+    await until(lambda: engine.state == "ready")
+    assert engine.restarts == 1
+    assert tokens(await read(engine, request())) == list(range(5))
+
+
+@pytest.mark.parametrize(("kind", "cause"), [(RAISE, "the step is broken"), (BREAK_ADD, "add is broken")])
+async def test_a_fault_gives_every_open_request_its_error_event(
+    capfd: pytest.CaptureFixture[str], kind: int, cause: str
+):
+    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05)
+    await engine.start()
+    bystander = asyncio.create_task(read(engine, request(SLOW, 10**5)))
+    await asyncio.sleep(0.1)
+    for events in (await read(engine, request(kind, max_tokens=9)), await bystander):
+        assert events[-1].finish_reason == "error"
+        assert events[-1].error is not None and cause in events[-1].error
+    await until(lambda: engine.restarts == 1 and engine.state == "ready")
+    assert tokens(await read(engine, request())) == list(range(5))
+    await engine.close()
+    stderr = capfd.readouterr().err
+    assert "Traceback" in stderr and f"RuntimeError: {cause}" in stderr
+
+
+async def test_a_hung_step_is_ended(tmp_path: Path):
+    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05, step_timeout=0.5)
+    await engine.start()
+    with pytest.raises(EngineUnavailable, match="hung"):
+        await read(engine, request(HANG, max_tokens=9))
+    await until(lambda: engine.state == "ready")
+    assert tokens(await read(engine, request())) == list(range(5))
+    await engine.close()
+
+
+async def test_closing_a_hung_engine_kills_it(engine: WorkerEngine):
+    reader = asyncio.create_task(read(engine, request(HANG, max_tokens=9)))
+    await asyncio.sleep(0.2)
+    await asyncio.gather(engine.close(), engine.close())
+    with pytest.raises(EngineUnavailable, match="closed"):
+        await reader
+    assert engine.state == "closed"
+    with pytest.raises(EngineUnavailable, match="closed"):
+        await read(engine, request())
+    with pytest.raises(RuntimeError, match="once"):
+        await engine.start()
+
+
+@pytest.mark.parametrize(("target", "reason"), [("unknown", "unknown model 'unknown'"), ("exits", "exit code 3")])
+async def test_what_cannot_load_says_why(target: str, reason: str):
+    engine = WorkerEngine(EngineConfig(target=target), FACTORY)
+    with pytest.raises(EngineUnavailable, match=reason):
+        async with asyncio.timeout(PATIENCE):
+            await engine.start()
+    assert (engine.state, engine.restarts) == ("dead", 0)
+    with pytest.raises(EngineUnavailable, match=reason):
+        _ = engine.info
+    await engine.close()
+    assert engine.state == "closed"
+
+
+async def test_a_factory_must_be_a_name_that_exists():
+    with pytest.raises(ValueError, match=r"package\.module:name"):
+        WorkerEngine(EngineConfig(target="ok"), "os.system('x')")
+    engine = WorkerEngine(EngineConfig(target="ok"), "scripted_engine:Missing")
+    with pytest.raises(EngineUnavailable, match="Missing"):
+        await engine.start()
+    await engine.close()
+
+
+async def test_five_failed_loads_in_a_row_are_the_end(tmp_path: Path):
+    loads = tmp_path / "loads"
+    loads.write_text("2")
+    engine = WorkerEngine(EngineConfig(target=str(loads)), FACTORY, restart_delay=0.01)
+    await engine.start()
+    for _ in range(1):  # a load that works again starts the count anew
+        with pytest.raises(EngineUnavailable):
+            await read(engine, request(EXIT))
+        await until(lambda: engine.state == "ready")
+    with pytest.raises(EngineUnavailable):
+        await read(engine, request(EXIT))
+    await until(lambda: engine.state == "dead")
+    assert engine.restarts == 6
+    assert loads.read_text() == "-5"
+    with pytest.raises(EngineUnavailable, match="no more loads"):
+        await read(engine, request())
+    await engine.close()
+
+
+async def test_close_while_loading_and_before_start():
+    engine = WorkerEngine(EngineConfig(target="forever"), FACTORY)
+    starting = asyncio.create_task(engine.start())
+    await until(lambda: engine.pid is not None)
+    await engine.close()
+    with pytest.raises(EngineUnavailable, match="closed"):
+        await starting
+    unused = WorkerEngine(EngineConfig(target="ok"), FACTORY)
+    await unused.close()
+    assert unused.state == "closed"
+
+
+async def test_ctrl_c_is_not_the_engines_business():
+    engine = WorkerEngine(EngineConfig(target="slow"), FACTORY)
+    starting = asyncio.create_task(engine.start())
+    await until(lambda: engine.pid is not None)
+    assert engine.pid is not None
+    while not starting.done():  # from its first instruction on, and while it loads
+        os.kill(engine.pid, signal.SIGINT)
+        await asyncio.sleep(0.02)
+    await starting
+    os.kill(engine.pid, signal.SIGINT)
+    assert tokens(await read(engine, request())) == list(range(5))
+    assert engine.restarts == 0
+    await engine.close()
+
+
+def test_an_orphan_ends(tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import asyncio, os, signal, sys
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+        from engine.client_worker import WorkerEngine
+        from engine.config import EngineConfig
+        from engine.types import GenerateRequest, SamplingParams
+
+        async def parent():
+            engine = WorkerEngine(EngineConfig(target="ok"), {FACTORY!r})
+            await engine.start()
+            params = SamplingParams(max_tokens=10**5)
+            async for _ in engine.generate(GenerateRequest(id="r", prompt_ids=(7,), params=params)):
+                print(engine.pid, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if __name__ == "__main__":
+            asyncio.run(parent())
+        """)
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, timeout=PATIENCE, env=environment)
+    pid = int(done.stdout.split()[0])
+    if psutil.pid_exists(pid):
+        orphan = psutil.Process(pid)
+        assert orphan.status() == psutil.STATUS_ZOMBIE or orphan.wait(PATIENCE) is None
