@@ -11,23 +11,33 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from engine.kv.blocks import BlockManager
 from engine.sequence import Sequence
+from engine.speculation.drafters.base import RowDraft
 
 MIN_CHUNK = 16  # tokens of prefill that a step makes however many rows decode
 
 
 @dataclass
 class PlanRow:
-    """`tokens` pending tokens of the row run now; `sl` draft tokens may follow them (decoding rows)."""
+    """One row of a step, filled along the way: by the scheduler, the drafter, the target, the verifier."""
 
     seq: Sequence
-    tokens: int
-    sl: int = 0
+    tokens: int  # pending tokens of the row that run now
+    sl: int = 0  # draft tokens that may follow them, if the row decodes
     sl_reason: str | None = None  # what bounds sl: policy, cap, room
     decodes: bool = False  # only the newest token was pending when the row was planned
-
     samples: bool = field(init=False)  # this pass reaches the newest token: the next one can be sampled
+
+    draft: RowDraft = field(default_factory=RowDraft)
+    logits: Tensor | None = (
+        None  # the target's [k, V] of this row; the last len(draft) + 1 are the verifier's
+    )
+    accepted: int = 0
+    next_token: int = -1
+    failed: bool = False  # NaN or infinite logits
 
     def __post_init__(self) -> None:
         self.samples = self.tokens == self.seq.pending

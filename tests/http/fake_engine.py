@@ -48,6 +48,7 @@ class FakeEngine:
         self.restarts = 0
         self.state: EngineState = "loading"
         self._listeners: list[Listener] = []
+        self._kept: list[AsyncIterator[TokenEvent]] = []
         self._info = ModelInfo(
             target="fake",
             draft=None,
@@ -89,7 +90,12 @@ class FakeEngine:
     def on_step(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        events = self._generate(request)
+        self._kept.append(events)  # so that only closing one ends it, never the garbage collector
+        return events
+
+    async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         self.requests.append(request)
         over = False
         try:
