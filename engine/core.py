@@ -140,7 +140,7 @@ class Engine:
             chunks.append(Chunk(tokens, seq.kv_len, seq.blocks, wanted))
         batch = Batch.pack(chunks, self._blocks.block_size, self._parts.target.device)
         logits = self._parts.target.forward(batch)[:, : self.info.vocab_size]
-        for row, part in zip(rows, logits.split([chunk.logits for chunk in chunks]), strict=True):
+        for row, part in zip(rows, logits.split_with_sizes([chunk.logits for chunk in chunks]), strict=True):
             row.logits = part
         return logits
 
@@ -204,7 +204,7 @@ class Engine:
             accepted=min(row.accepted, len(new)),
             stop_reason=row.draft.stop_reason,
             draft_seconds=draft_seconds if row.draft.tokens else 0.0,
-            verify_seconds=verify_seconds,
+            verify_seconds=verify_seconds if row.decodes else 0.0,
             cached_tokens=seq.cached_tokens if first else 0,
         )
         if finish is not None:

@@ -46,7 +46,7 @@ async def _serve(
         timeout_graceful_shutdown=int(settings.shutdown_seconds),
     )
     server = uvicorn.Server(config)
-    loading = asyncio.create_task(_watch_loading(server, engine, address))
+    loading = asyncio.create_task(_watch_loading(server, engine, address, settings.served_model_name[0]))
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -57,24 +57,24 @@ async def _serve(
         loading.result()
 
 
-async def _watch_loading(server: uvicorn.Server, engine: EngineClient, address: str) -> None:
+async def _watch_loading(server: uvicorn.Server, engine: EngineClient, address: str, model: str) -> None:
     """Says when the engine is ready, and what the KV pool took. Ends a server that can never be ready."""
     while engine.state == "loading":
         await asyncio.sleep(_LOOK_SECONDS)
     if engine.state == "dead":
         server.should_exit = True
     if engine.state != "closed":
-        print(_ready_lines(engine, address), file=sys.stderr)  # raises EngineUnavailable if it is dead
+        print(_ready_lines(engine, address, model), file=sys.stderr)  # raises EngineUnavailable if it is dead
 
 
-def _ready_lines(engine: EngineClient, address: str) -> str:
+def _ready_lines(engine: EngineClient, address: str, model: str) -> str:
     info = engine.info
     tokens = info.kv_blocks * info.block_size
     return (
         f"  ready: {info.dtype} on {info.device}, context {info.max_model_len}, "
         f"KV pool {info.kv_blocks} blocks = {tokens} tokens\n"
         f"  try: curl -N {address}/v1/completions -H 'content-type: application/json' "
-        '-d \'{"model": "%s", "prompt": "The capital of France is", "stream": true}\'' % info.target
+        '-d \'{"model": "%s", "prompt": "The capital of France is", "stream": true}\'' % model
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from http_support import running
+from pydantic import SecretStr
 
 GOOD = {"model": "tiny", "prompt": "hello"}
 USER = [{"role": "user", "content": "hello"}]
@@ -238,8 +239,6 @@ async def test_chunked_body_over_the_limit_is_not_read_to_its_end(client: httpx.
 
 
 async def test_keys(make_app: Callable[..., FastAPI], engine: FakeEngine) -> None:
-    from pydantic import SecretStr
-
     async with running(make_app(api_key=[SecretStr("one"), SecretStr("two")])) as client:
         for headers in ({}, {"authorization": "Bearer three"}, {"authorization": "Basic one"},
                         {"authorization": "one"}, {"authorization": "Bearer "}):  # fmt: skip
