@@ -42,7 +42,7 @@ class Verifier:
             for k in range(len(draft.tokens) + 1)
         ]
         scaled = scaled_logits(logits, places, self._eos_ids)
-        bad: list[bool] = (scaled.amax(-1).isnan() | scaled.amax(-1).isinf()).tolist()
+        bad: list[bool] = (~scaled.amax(-1).isfinite()).tolist()  # NaN wins amax
         verdict = Verdict([0] * len(rows), [0] * len(rows), [False] * len(rows))
         coupled: list[int] = []
         rejection: list[int] = []

@@ -1,0 +1,75 @@
+"""What coupled sampling promises: the text is a function of the target and the seed alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from engine.core import Engine
+from engine.speculation.noise import GumbelNoise
+from engine.types import GenerateRequest, SamplingParams, SpeculationParams
+from lossless.law import ends, token_law
+from lossless.toys import Pair, run, tokens_of
+
+
+def spec(drafter: str = "model", policy: str = "static", **options: object) -> SpeculationParams:
+    return SpeculationParams(drafter=drafter, policy=policy, options=options)
+
+
+EVERY_SPECULATION = (
+    SpeculationParams(drafter="none"),
+    *(spec(drafter, "static", sl=sl) for drafter in ("model", "ngram") for sl in (0, 1, 3, 7)),
+    *(spec(drafter, "heuristic", start=start) for drafter in ("model", "ngram") for start in (1, 5)),
+    *(
+        spec(drafter, "confidence", signal=signal, threshold=threshold)
+        for drafter in ("model", "ngram")
+        for signal, threshold in (("token", 0.4), ("top", 0.5), ("joint", 0.1))
+    ),
+)
+
+
+def alone(pair: Pair, request: GenerateRequest, eos: Seq[int] = ()) -> tuple[int, ...]:
+    """argmax(log p + g(seed, position)) of the target without engine or draft."""
+    params = request.params
+    assert params.seed is not None
+    noise = GumbelNoise(pair.vocab, torch.device("cpu"))
+    output: tuple[int, ...] = ()
+    while len(output) < params.max_tokens:
+        context = request.prompt_ids + output
+        law = token_law(pair.target(context), request.prompt_ids, output, params, eos)
+        gumbel = noise([params.seed], [len(context)])[0].tolist()
+        scores = [math.log(p) + g if p else -math.inf for p, g in zip(law, gumbel, strict=True)]
+        output += (scores.index(max(scores)),)
+        if ends(output[-1], params, eos):
+            break
+    return output
+
+
+def requests(
+    params: SamplingParams,
+    speculations: Iterable[SpeculationParams] = EVERY_SPECULATION,
+    prompt: tuple[int, ...] = (0, 1, 2, 0, 1, 3, 0, 1),
+    seeds: Iterable[int] = (1, 2),
+) -> list[GenerateRequest]:
+    """One request for each speculation and seed."""
+    return [
+        GenerateRequest(
+            id=f"{i}-{seed}",
+            prompt_ids=prompt,
+            params=SamplingParams(**{**{f: getattr(params, f) for f in params.__struct_fields__}, "seed": seed}),
+            speculation=asked,
+        )
+        for i, asked in enumerate(speculations)
+        for seed in seeds
+    ]
+
+
+def check_identity(engine: Engine, pair: Pair, asked: Seq[GenerateRequest], eos: Seq[int] = ()) -> None:
+    """Every request, all in one engine, gives what its target gives alone."""
+    events = run(engine, asked)
+    for request in asked:
+        found, expected = tokens_of(events[request.id]), alone(pair, request, eos)
+        assert found == expected, f"{request.speculation}: {found}, the target alone: {expected}"
