@@ -23,13 +23,13 @@ from engine.speculation.drafters.ngram import NgramDrafter
 from engine.speculation.noise import CounterDraws, GumbelNoise, RandomSource
 from engine.speculation.policy import options_of
 from engine.speculation.verifier import Verifier
-from engine.types import ModelInfo
+from engine.types import CannotLoad, ModelInfo
 
 log = logging.getLogger(__name__)
 
 
-class ConfigError(ValueError):
-    """The engine cannot be built as configured."""
+class ConfigError(CannotLoad):
+    """Settings that do not fit each other or the models."""
 
 
 @dataclass

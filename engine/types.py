@@ -22,6 +22,10 @@ class InvalidRequest(ValueError):
         self.message, self.param, self.code = message, param, code
 
 
+class CannotLoad(ValueError):
+    """The engine cannot be built as configured; the message says why, in one line."""
+
+
 class EngineUnavailable(RuntimeError):
     """The engine is loading, restarting or dead: the request was not, or not wholly, served."""
 

@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from transformers import PreTrainedTokenizerBase
 
 from engine.client import EngineClient
+from engine.types import EngineUnavailable
 from server import errors, openapi
 from server.auth import KeyAuth
 from server.context import Context
@@ -67,6 +68,9 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
 async def _load(context: Context) -> None:
     try:
         await context.engine.start()
+    except EngineUnavailable as error:
+        log.error("the engine cannot load: %s", error)
+        context.loading_error = error
     except Exception as error:  # nobody awaits this task: what happened shows in the log and in /health
         log.exception("the engine cannot load")
         context.loading_error = error

@@ -172,12 +172,13 @@ def real_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def eos_token_ids(
     source: PreTrainedModel | GenerationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """Every id that ends a sequence: the generation config's, then the tokenizer's own if not among them."""
+    """Every id that ends a sequence: the generation config's, as transformers' generate has it, else the
+    tokenizer's own."""
     config = source if isinstance(source, GenerationConfig) else source.generation_config
     named = None if config is None else config.eos_token_id
     ids = [] if named is None else [named] if isinstance(named, int) else list(named)
     own = tokenizer.eos_token_id
-    if isinstance(own, int):
+    if not ids and isinstance(own, int):
         ids.append(own)
     return tuple(dict.fromkeys(int(each) for each in ids))
 

@@ -16,6 +16,7 @@ from engine.kv.pool import KVPool, LayerShape
 from engine.models import attention
 from engine.models.packed import PackedWeights, can_pack, pack_linears
 from engine.models.runner import Batch, Chunk
+from engine.types import CannotLoad
 
 AttentionInterface.register(attention.NAME, attention.paged_attention)
 
@@ -38,7 +39,7 @@ _IGNORED = {
 """Keywords that change nothing in inference over a causal row. Any other that is set is refused."""
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(CannotLoad):
     """The model needs something that paged attention does not do."""
 
 

@@ -29,6 +29,8 @@ from huggingface_hub import constants, get_token, hf_hub_url, snapshot_download,
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from engine.types import CannotLoad
+
 log = logging.getLogger("disco.models")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -37,7 +39,7 @@ _HUB_SECONDS = 3.0  # per connection attempt: no network must not hold up a star
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class ModelError(RuntimeError):
+class ModelError(CannotLoad):
     """A model cannot be served; the message says which and why."""
 
 

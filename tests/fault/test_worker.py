@@ -17,7 +17,14 @@ import pytest
 
 from engine.client_worker import WorkerEngine
 from engine.config import EngineConfig
-from engine.types import EngineUnavailable, GenerateRequest, InvalidRequest, SamplingParams, StepStats, TokenEvent
+from engine.types import (
+    EngineUnavailable,
+    GenerateRequest,
+    InvalidRequest,
+    SamplingParams,
+    StepStats,
+    TokenEvent,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))  # the worker process gets it too
 from scripted_engine import BREAK_ADD, COUNT, EXIT, HANG, KILL, RAISE, REFUSE, SLOW
@@ -27,7 +34,9 @@ PATIENCE = 60  # seconds; a bound for hangs, not a measure
 numbers = itertools.count()
 
 
-def request(kind: int = COUNT, max_tokens: int = 5, request_id: str | None = None, **more: Any) -> GenerateRequest:
+def request(
+    kind: int = COUNT, max_tokens: int = 5, request_id: str | None = None, **more: Any
+) -> GenerateRequest:
     return GenerateRequest(
         id=request_id or f"r{next(numbers)}",
         prompt_ids=(kind, 1),
@@ -79,7 +88,11 @@ async def test_refusals_harm_nobody_else(engine: WorkerEngine):
     other = asyncio.create_task(read(engine, request(SLOW, max_tokens=20)))
     with pytest.raises(InvalidRequest) as refused:  # by the process
         await read(engine, request(REFUSE))
-    assert (refused.value.message, refused.value.param, refused.value.code) == ("the engine says no", "prompt", "no")
+    assert (refused.value.message, refused.value.param, refused.value.code) == (
+        "the engine says no",
+        "prompt",
+        "no",
+    )
     with pytest.raises(InvalidRequest, match="vocabulary"):  # before it gets there
         await read(engine, request(1000))
     with pytest.raises(InvalidRequest, match="vocabulary"):
@@ -120,7 +133,9 @@ async def test_leaving_early_aborts(engine: WorkerEngine):
 
 
 @pytest.mark.parametrize(("kind", "cause"), [(EXIT, r"exit code 7"), (KILL, r"signal 9")])
-async def test_a_death_fails_the_waiters_and_new_requests_are_served(engine: WorkerEngine, kind: int, cause: str):
+async def test_a_death_fails_the_waiters_and_new_requests_are_served(
+    engine: WorkerEngine, kind: int, cause: str
+):
     bystander = asyncio.create_task(read(engine, request(SLOW, 10**5)))
     seen: list[TokenEvent] = []
     with pytest.raises(EngineUnavailable, match=f"the engine process died .{cause}.; it is being restarted"):
@@ -181,7 +196,9 @@ async def test_closing_a_hung_engine_kills_it(engine: WorkerEngine):
         await engine.start()
 
 
-@pytest.mark.parametrize(("target", "reason"), [("unknown", "unknown model 'unknown'"), ("exits", "exit code 3")])
+@pytest.mark.parametrize(
+    ("target", "reason"), [("unknown", "unknown model 'unknown'"), ("exits", "exit code 3")]
+)
 async def test_what_cannot_load_says_why(target: str, reason: str):
     engine = WorkerEngine(EngineConfig(target=target), FACTORY)
     with pytest.raises(EngineUnavailable, match=reason):
@@ -272,7 +289,9 @@ def test_an_orphan_ends(tmp_path: Path):
         """)
     )
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, timeout=PATIENCE, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, timeout=PATIENCE, env=environment
+    )
     pid = int(done.stdout.split()[0])
     if psutil.pid_exists(pid):
         orphan = psutil.Process(pid)

@@ -378,9 +378,7 @@ class Blocks(RuleBasedStateMachine):
             self.manager.release(row.table)
         assert row.table.blocks == []
         self.unused += [
-            block
-            for block in reversed(blocks)
-            if block in self.cache.values() and block not in self.held()
+            block for block in reversed(blocks) if block in self.cache.values() and block not in self.held()
         ]
 
     @precondition(lambda self: not self.rows)  # with rows at work: a test of its own above

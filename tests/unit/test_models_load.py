@@ -204,6 +204,6 @@ def test_real_vocabulary_ends_with_the_last_token(make_tokenizer: MakeTokenizer,
 def test_ends_of_sequence(make_tokenizer: MakeTokenizer, tiny_llama: Path) -> None:
     tokenizer = make_tokenizer()
     assert eos_token_ids(GenerationConfig(eos_token_id=[9, 2]), tokenizer) == (9, 2)
-    assert eos_token_ids(GenerationConfig(eos_token_id=7), tokenizer) == (7, 2)
+    assert eos_token_ids(GenerationConfig(eos_token_id=7), tokenizer) == (7,)
     assert eos_token_ids(GenerationConfig(), tokenizer) == (2,)
     assert eos_token_ids(load_model(str(tiny_llama), device="cpu"), tokenizer) == (2,)

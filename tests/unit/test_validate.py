@@ -32,7 +32,9 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(policy._REGISTRY, "probe", Probe())
 
 
-def request(prompt: Any = (1, 2, 3), speculation: dict[str, Any] | None = None, **params: Any) -> GenerateRequest:
+def request(
+    prompt: Any = (1, 2, 3), speculation: dict[str, Any] | None = None, **params: Any
+) -> GenerateRequest:
     return GenerateRequest(
         id="r",
         prompt_ids=prompt,

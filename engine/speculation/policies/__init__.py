@@ -1,5 +1,7 @@
 """Every stop policy, one file each. Importing this package registers them."""
 
-from engine.speculation.policies import confidence, heuristic, static
+import importlib
+import pkgutil
 
-__all__ = ["confidence", "heuristic", "static"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
