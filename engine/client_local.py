@@ -208,12 +208,10 @@ class LocalEngine(ClientBase):
 
     def _run(self) -> None:
         """The thread."""
-        try:
-            serve(self._load, _QueueChannel(self._inbox, self._loop, self._take))
-        except ClientGone:
-            log.warning("the event loop was closed before the engine")
-        else:
-            self._loop.call_soon_threadsafe(self._gone)
+        channel = _QueueChannel(self._inbox, self._loop, self._take)
+        with contextlib.suppress(ClientGone):  # the event loop was closed: nobody is left to tell
+            serve(self._load, channel)
+            channel.post(self._gone)
 
     def _load(self) -> EngineCore:
         factory = self._factory or import_factory("engine.core:Engine")
@@ -255,7 +253,11 @@ class _QueueChannel:
         return messages
 
     def send(self, message: FromEngine) -> None:
+        self.post(self.take, message)
+
+    def post(self, callback: Callable[..., None], *args: FromEngine) -> None:
+        """Calls back on the event loop. Raises ClientGone if that is closed."""
         try:
-            self.loop.call_soon_threadsafe(self.take, message)
-        except RuntimeError as error:  # the loop is closed
+            self.loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError as error:
             raise ClientGone from error

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 import torch
+from lossless.law import sequence_law
+from lossless.toys import Pair, run, tokens_of, toy_engine
 from torch import Tensor
 
 from engine.core import Engine
 from engine.sequence import Sequence
 from engine.speculation.noise import RandomSource
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams, TokenEvent
-from lossless.law import sequence_law
-from lossless.toys import Pair, run, tokens_of, toy_engine
 
 Script = tuple[tuple[int, float], ...]  # outcomes and their probabilities
 Outputs = tuple[tuple[int, ...], ...]  # by request
@@ -73,10 +73,7 @@ class Scripted:
 
     def bernoulli(self, probs: Tensor, owners: Seq[Sequence]) -> Tensor:
         return torch.tensor(
-            [
-                self._world(o).choose([1 - p, p]) == 1
-                for p, o in zip(probs.tolist(), owners, strict=True)
-            ]
+            [self._world(o).choose([1 - p, p]) == 1 for p, o in zip(probs.tolist(), owners, strict=True)]
         )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import torch
+from lossless.law import ends, token_law
+from lossless.toys import Pair, run, tokens_of
 
 from engine.core import Engine
 from engine.speculation.noise import GumbelNoise
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
-from lossless.law import ends, token_law
-from lossless.toys import Pair, run, tokens_of
 
 
 def spec(drafter: str = "model", policy: str = "static", **options: object) -> SpeculationParams:
@@ -59,7 +59,9 @@ def requests(
         GenerateRequest(
             id=f"{i}-{seed}",
             prompt_ids=prompt,
-            params=SamplingParams(**{**{f: getattr(params, f) for f in params.__struct_fields__}, "seed": seed}),
+            params=SamplingParams(
+                **{**{f: getattr(params, f) for f in params.__struct_fields__}, "seed": seed}
+            ),
             speculation=asked,
         )
         for i, asked in enumerate(speculations)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 
-from engine.types import SamplingParams
 from lossless.toys import Logits
+
+from engine.types import SamplingParams
 
 
 def adjusted_logits(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from lossless.branches import Case, assert_same_law, check, output_law
+from lossless.law import sequence_law
+from lossless.peek import PEEK_PAIR, registered
+from lossless.toys import different, disjoint, run, toy_engine, twins
 
 from engine.core import Engine
 from engine.speculation.noise import RandomSource
 from engine.speculation.policy import policies
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams, TokenEvent
-from lossless.branches import Case, assert_same_law, check, output_law
-from lossless.law import sequence_law
-from lossless.toys import different, disjoint, run, toy_engine, twins
 
 PAIR = different(3)
 # Halves and quarters: the engine keeps the product of a penalty and a count in float32.
@@ -54,6 +55,11 @@ def test_heuristic(drafter: str):
     check(Case(PAIR, SamplingParams(max_tokens=5, top_p=0.8), asks(drafter, "heuristic", start=1, max_sl=3)))
 
 
+def test_a_policy_that_looks_at_the_drafted_token():
+    with registered():
+        check(Case(PEEK_PAIR, SamplingParams(max_tokens=5), asks(policy="peek")))
+
+
 @pytest.mark.parametrize(("signal", "threshold"), [("token", 0.4), ("top", 0.55), ("joint", 0.2)])
 @pytest.mark.parametrize(("drafter", "tokens"), [("model", 4), ("ngram", 5)])
 def test_confidence(signal: str, threshold: float, drafter: str, tokens: int):
@@ -75,17 +81,21 @@ def test_confidence(signal: str, threshold: float, drafter: str, tokens: int):
         {"temperature": 0.0},
         {"top_k": 2},
         {"top_p": 0.7},
+        {"top_p": 0.0},
         {"min_p": 0.3},
+        {"min_p": 1.0},
         {"top_k": 2, "top_p": 0.9, "min_p": 0.1, "temperature": 0.8},
         PENALTIES,
         {"repetition_penalty": 0.7, "presence_penalty": -1.0},
         {"logit_bias": {0: 1.5, 2: -100.0}},
         {**PENALTIES, "logit_bias": {1: 0.5}, "temperature": 0.7},
     ],
-    ids=lambda params: "-".join(params),
+    ids=lambda params: "-".join(f"{name}={value}" for name, value in params.items()),
 )
 def test_sampling_parameters(params: dict[str, object], drafter: str):
-    check(Case(PAIR, SamplingParams(max_tokens=4, sampling_method="rejection", **params), asks(drafter, sl=2)))
+    check(
+        Case(PAIR, SamplingParams(max_tokens=4, sampling_method="rejection", **params), asks(drafter, sl=2))
+    )
 
 
 @pytest.mark.parametrize("drafter", ["model", "ngram"])
@@ -130,20 +140,22 @@ def test_a_warm_prefix_cache(before: str):
     def warm(random: RandomSource) -> Engine:
         engine = case.engine(random)
         greedy = SamplingParams(temperature=0, max_tokens=4)
-        run(engine, [GenerateRequest(id="w", prompt_ids=case.prompt, params=greedy, speculation=asks(before))])
+        run(
+            engine, [GenerateRequest(id="w", prompt_ids=case.prompt, params=greedy, speculation=asks(before))]
+        )
         return engine
 
     cached = set[int]()
-    law = output_law(
-        warm, [case.request()], watch=lambda events: cached.add(events[0].cached_tokens)
-    )
+    law = output_law(warm, [case.request()], watch=lambda events: cached.add(events[0].cached_tokens))
     assert_same_law(law, {(output,): p for output, p in case.target_law().items()})
     assert cached == {4}
 
 
 def _two(tokens: int, first: SpeculationParams, second: SpeculationParams) -> list[GenerateRequest]:
     return [
-        GenerateRequest(id="", prompt_ids=(0, 1, 2), params=SamplingParams(max_tokens=tokens), speculation=first),
+        GenerateRequest(
+            id="", prompt_ids=(0, 1, 2), params=SamplingParams(max_tokens=tokens), speculation=first
+        ),
         GenerateRequest(
             id="",
             prompt_ids=(2, 1, 2, 1),

@@ -6,6 +6,7 @@ the block table. KV that is missing, stale or at a wrong position therefore chan
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -39,9 +40,7 @@ class ToyRunner:
 
     def forward(self, batch: Batch) -> Tensor:
         """float64 [M, vocab_size]."""
-        entries = zip(
-            batch.slots.tolist(), batch.input_ids.tolist(), batch.positions.tolist(), strict=True
-        )
+        entries = zip(batch.slots.tolist(), batch.input_ids.tolist(), batch.positions.tolist(), strict=True)
         for slot, token, position in entries:
             self._kv[slot] = token + _SPACING * position
         lengths = [  # of the context that token i of the pass sees, and its row's blocks
@@ -56,9 +55,7 @@ class ToyRunner:
 
     def _read(self, length: int, table: Seq[int]) -> Context:
         size = self._block_size
-        return tuple(
-            self._kv[table[p // size] * size + p % size] - _SPACING * p for p in range(length)
-        )
+        return tuple(self._kv[table[p // size] * size + p % size] - _SPACING * p for p in range(length))
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,14 @@ def disjoint(vocab: int) -> Pair:
         return [x if hole in (None, t) else float("-inf") for t, x in enumerate(own(context))]
 
     return Pair(vocab, target, draft)
+
+
+def broken(vocab: int) -> Pair:
+    """The draft gives NaN where the context's length is even."""
+    plain = different(vocab)
+    assert plain.draft is not None
+    own = plain.draft
+    return Pair(vocab, plain.target, lambda context: own(context) if len(context) % 2 else [math.nan] * vocab)
 
 
 def toy_engine(

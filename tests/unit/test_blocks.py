@@ -205,6 +205,8 @@ def test_reset_forgets_what_was_and_what_follows_from_it():
     manager.release(table)
     manager.release(fresh)
     assert manager.free_blocks == 8 - 2  # the match above holds two
+    other = manager.match([5], "", 0)
+    assert manager.extend(other, 6 * SIZE)  # whatever was hashed once, all of it can be had
 
 
 def test_without_a_prefix_cache_nothing_is_kept():

@@ -211,6 +211,7 @@ async def test_close_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture):
             let_go.wait()
             return super().step()
 
+    before = threading.active_count()
     engine = LocalEngine(CONFIG, Stuck, grace=0.1)
     await engine.start()
     reader = asyncio.create_task(read(engine, request("r")))
@@ -220,6 +221,9 @@ async def test_close_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture):
     with pytest.raises(EngineUnavailable):
         await reader
     let_go.set()
+    async with asyncio.timeout(30):
+        while threading.active_count() > before:
+            await asyncio.sleep(0.01)
 
 
 def test_a_thread_ends_with_its_event_loop():

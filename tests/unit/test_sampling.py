@@ -189,7 +189,7 @@ def test_drafted_tokens_leave_no_trace_in_the_counts():
     )
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30])
 def test_a_tiny_temperature_is_a_law(temperature: float):
     law = scaled_logits(raw(1), [Place(sequence(temperature=temperature), [])], EOS).softmax(-1)
     assert law[0, raw(1).argmax()] == 1.0
