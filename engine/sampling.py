@@ -64,11 +64,12 @@ def _adjust(row: Tensor, place: Place, eos_ids: Seq[int]) -> None:
         if seq.counts is None:
             prompt, output = seq.tokens[: seq.prompt_len], seq.tokens[seq.prompt_len :]
             seq.counts = TokenCounts(prompt, output, row.shape[0], row.device)
-        counts, seen = seq.counts.after(place.drafted)
+        output, seen = seq.counts.after(place.drafted)
+        counts = output.to(row.dtype)
         if params.repetition_penalty != 1:
             penalised = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
             row.copy_(torch.where(seen, penalised, row))
-        row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        row -= params.frequency_penalty * counts + params.presence_penalty * counts.clamp(max=1)
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)

@@ -61,6 +61,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by rank, as is running
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._stuck: Sequence | None = None  # the last row looked at for admission, and the free blocks then
+        self._stuck_at = 0
 
     def add(self, seq: Sequence) -> None:
         insort(self.waiting, seq, key=lambda s: s.rank)
@@ -85,11 +87,14 @@ class Scheduler:
                 if self._place(rows, PlanRow(seq, take)):
                     budget -= take
         self._admit(rows, budget)
-        return [row for row in rows if row.seq.status == "running"]
+        return rows
 
     def _admit(self, rows: list[PlanRow], budget: int) -> None:
         while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
             seq = self.waiting[0]
+            if seq is self._stuck and self.running and self._blocks.free_blocks <= self._stuck_at:
+                return  # it would not fit now either: not looked up again in every step
+            self._stuck, self._stuck_at = seq, self._blocks.free_blocks
             self._match(seq)
             # All of the prompt's blocks now, so that a prefill is not preempted half-way for want of them.
             if seq.table is None or not self._blocks.extend(seq.table, len(seq.tokens) + 1):
@@ -124,6 +129,7 @@ class Scheduler:
                 continue
             victim = self.running[-1]
             self._preempt(victim)
+            rows[:] = [placed for placed in rows if placed.seq is not victim]
             if victim is seq:
                 return False
 

@@ -35,7 +35,7 @@ from engine.messages import (
     decode_to_engine,
     encode,
 )
-from engine.types import GenerateRequest, InvalidRequest, ModelInfo, StepStats, TokenEvent
+from engine.types import CannotLoad, GenerateRequest, InvalidRequest, ModelInfo, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,9 @@ def serve(load: Callable[[], EngineCore], channel: Channel) -> bool:
     try:
         engine = load()
         info = engine.info
+    except (CannotLoad, InvalidRequest) as error:  # a setting that cannot be served, told in one line
+        channel.send(LoadFailed(str(error)))
+        return False
     except Exception as error:
         log.exception("the engine could not be loaded")
         channel.send(LoadFailed(describe(error)))
