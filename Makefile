@@ -30,8 +30,9 @@ serve: $(STAMPS)/installed models ## Serve the default model: HOST, PORT, ARGS="
 test: $(STAMPS)/dev models ## Run the tests (ARGS are pytest's)
 	$(BIN)/python -m pytest $(ARGS)
 
-lossless: $(STAMPS)/dev models ## Run every losslessness test, the slow ones too
-	$(BIN)/python -m pytest tests/lossless -m "slow or not slow" $(ARGS)
+lossless: $(STAMPS)/dev models ## Run every losslessness test, and the full identity run (hours on 2 cores)
+	$(BIN)/python -m pytest tests/lossless
+	$(BIN)/python tests/lossless/acceptance.py $(ARGS)
 
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

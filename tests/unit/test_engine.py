@@ -68,7 +68,13 @@ def gpt2(positions: int) -> GPT2LMHeadModel:
     """A draft whose learned positions end early: one token too many is an error, not a guess."""
     torch.manual_seed(4)
     config = GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=positions, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=positions,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     config._attn_implementation = "eager"
     return GPT2LMHeadModel(config).eval().requires_grad_(False)
@@ -222,7 +228,9 @@ def plain_logits(tokens: list[int], model: PreTrainedModel | None = None) -> tor
     return logits
 
 
-def plain_greedy(start: list[int], count: int, banned: Callable[[int], Iterable[int]] = lambda n: ()) -> list[int]:
+def plain_greedy(
+    start: list[int], count: int, banned: Callable[[int], Iterable[int]] = lambda n: ()
+) -> list[int]:
     """`banned(n)`: what the n-th generated token must not be."""
     tokens = list(start)
     for n in range(count):
@@ -239,7 +247,10 @@ def check_acceptance(result: Result, draft: PreTrainedModel) -> None:
     at = len(result.prompt)
     for event in result.events:
         agreed = 0
-        while agreed < min(event.drafted, len(event.token_ids)) and guesses[at + agreed - 1] == text[at + agreed]:
+        while (
+            agreed < min(event.drafted, len(event.token_ids))
+            and guesses[at + agreed - 1] == text[at + agreed]
+        ):
             agreed += 1
         assert event.accepted == agreed, f"at {at}: {event}"
         at += len(event.token_ids)
@@ -271,7 +282,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one at a time": {"max_num_seqs": 1},
     "three at a time": {"max_num_seqs": 3, "token_budget": 24},
     "smallest pool": {"blocks": MIN_BLOCKS},
-    "smallest pool, small chunks, no cache": {"blocks": MIN_BLOCKS, "token_budget": 16, "prefix_cache": False},
+    "smallest pool, small chunks, no cache": {
+        "blocks": MIN_BLOCKS,
+        "token_budget": 16,
+        "prefix_cache": False,
+    },
 }
 
 
@@ -295,9 +310,10 @@ def test_what_stands_of_a_draft_is_what_the_draft_model_says(draft: str):
     for settings in SETTINGS.values():
         engine = make_engine(draft, **settings)
         for temperature in ("cold", "warm"):
-            requests = [ask(f"{i}", prompt(n), static(sl)) for i, (n, sl) in enumerate(
-                [(3, 4), (18, 1), (30, 7), (30, 2), (40, 3)]
-            )]
+            requests = [
+                ask(f"{i}", prompt(n), static(sl))
+                for i, (n, sl) in enumerate([(3, 4), (18, 1), (30, 7), (30, 2), (40, 3)])
+            ]
             for result in run(engine, requests).values():
                 check_acceptance(result, DRAFTS[draft]())
                 assert result.total("drafted") > 0, temperature
@@ -317,8 +333,27 @@ def test_a_block_written_without_a_draft_is_caught_up_before_it_is_drafted_from(
     assert [(event.drafted, event.accepted) for event in again.events] == drafted
 
 
-def test_a_row_that_begins_to_draft_late_is_caught_up():
-    """SL=0 from the policy for 24 tokens, then drafts: only possible through preemption-free re-asking."""
+def test_a_block_taken_over_from_a_drafting_request_counts_as_undrafted():
+    engine = make_engine("near", blocks=MIN_BLOCKS)
+    for i in range(3):  # leaves no fresh block
+        run(engine, [ask("before", prompt(60, i), static(4), max_tokens=30)])
+    start = prompt(40)
+    silent = run(engine, [ask("silent", start, static(0), max_tokens=30)])["silent"]
+    again = run(engine, [ask("again", [*start, *silent.tokens[:25]], static(4), max_tokens=20)])["again"]
+    assert again.events[0].cached_tokens >= 60
+    assert again.total("drafted") > 0
+    check_acceptance(again, near())
+
+
+def test_a_seeded_draft_that_is_the_target_is_always_right():
+    """Both draw with the noise, the penalties and the filters of the position."""
+    kinds = [kind for kind in KINDS if "seed" in kind]
+    requests = [ask(f"{i}", prompt(9, i), static(4), **kind) for i, kind in enumerate(kinds)]
+    for result in run(make_engine("same"), requests).values():
+        assert result.total("drafted") == result.total("accepted") > 10
+
+
+def test_a_long_prompt_is_caught_up_in_chunks_before_it_is_drafted_from():
     engine = make_engine("near", token_budget=16)
     start = prompt(50)
     result = run(engine, [ask("late", start, static(3), max_tokens=30)])["late"]
@@ -468,7 +503,8 @@ def test_padding_is_never_emitted(width: int, method: str):
     params: dict[str, Any] = {} if method == "greedy" else {"temperature": 1.0, "sampling_method": method}
     source = random.Random(5)
     requests = [
-        ask(f"{i}", [source.randrange(3, vocab) for _ in range(9)], static(4), seed=i, **params) for i in range(6)
+        ask(f"{i}", [source.randrange(3, vocab) for _ in range(9)], static(4), seed=i, **params)
+        for i in range(6)
     ]
     requests.append(ask("last", [vocab - 1, 5, vocab - 1], static(4), seed=1, **params))
     plain = make_engine(target=target, vocab=vocab)
@@ -476,7 +512,9 @@ def test_padding_is_never_emitted(width: int, method: str):
         assert len(result.tokens) == 20 and max(result.tokens) < vocab
         if method != "rejection":
             mine = next(r for r in requests if r.id == name)
-            silent = ask(name, mine.prompt_ids, SpeculationParams(drafter="none"), seed=mine.params.seed, **params)
+            silent = ask(
+                name, mine.prompt_ids, SpeculationParams(drafter="none"), seed=mine.params.seed, **params
+            )
             assert run(plain, [silent])[name].tokens == result.tokens
 
 
@@ -498,7 +536,9 @@ def test_no_lookahead_never_runs_the_draft(monkeypatch: pytest.MonkeyPatch):
     requests = [
         ask(f"{i}", prompt(30, i), kind, **params)
         for i, (kind, params) in enumerate(
-            (kind, params) for kind in (none, ngram, static(0), capped) for params in ({}, {"temperature": 1.0})
+            (kind, params)
+            for kind in (none, ngram, static(0), capped)
+            for params in ({}, {"temperature": 1.0})
         )
     ]
     results = run(engine, requests)
@@ -510,7 +550,9 @@ def test_no_lookahead_never_runs_the_draft(monkeypatch: pytest.MonkeyPatch):
 # ---- log-probabilities
 
 
-def check_logprobs(entries: Iterable[TokenLogprob], logits: torch.Tensor, tokens: list[int], top: int) -> None:
+def check_logprobs(
+    entries: Iterable[TokenLogprob], logits: torch.Tensor, tokens: list[int], top: int
+) -> None:
     law = logits.log_softmax(-1)
     entries = list(entries)
     assert [entry.token_id for entry in entries] == tokens
@@ -532,7 +574,8 @@ def test_logprobs_are_the_targets_own(draft: str | None, settings: str):
         {"logit_bias": {7: 5.0}},
     ]
     requests = [
-        ask(f"{i}", prompt(5 + 9 * i), SPECULATIONS[i], logprobs=i % 3, **kind) for i, kind in enumerate(kinds)
+        ask(f"{i}", prompt(5 + 9 * i), SPECULATIONS[i], logprobs=i % 3, **kind)
+        for i, kind in enumerate(kinds)
     ]
     results = run(make_engine(draft, **SETTINGS[settings]), requests)
     for request in requests:
@@ -705,8 +748,8 @@ def random_request(name: str, source: random.Random) -> GenerateRequest:
 def test_a_thousand_requests_leave_nothing_behind():
     """Random parameters, drafters, policies, priorities and cancellations on a tiny pool."""
     source = random.Random(3)
-    context, blocks = 44, 26
-    engine = make_engine("near", blocks=blocks, context=context, eos=(2, 40), token_budget=24)
+    context, blocks = 44, 16
+    engine = make_engine("near", blocks=blocks, context=context, eos=(2, 40), token_budget=24, max_num_seqs=3)
     open_ids: set[str] = set()
     ended: dict[str, str] = {}
     made = 0
@@ -725,7 +768,7 @@ def test_a_thousand_requests_leave_nothing_behind():
             continue
         events, stats = engine.step()
         assert stats.kv_blocks_used <= blocks
-        assert stats.running == len(engine._scheduler.running) <= 8
+        assert stats.running == len(engine._scheduler.running) <= 3
         for event in events:
             assert event.id in open_ids, f"{event.id} has already ended: {ended.get(event.id)}"
             if event.finish_reason is not None:

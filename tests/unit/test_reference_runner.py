@@ -20,6 +20,7 @@ from transformers import (
     MistralConfig,
     OlmoConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -172,9 +173,7 @@ def paged_logits(runner: ReferenceRunner, steps: Iterator[list[int]], seed: int)
     done = [0] * len(LENGTHS)
     for step in steps:
         active = [r for r, count in enumerate(step) if count]
-        batch = [
-            Chunk(rows()[r][done[r] : done[r] + step[r]], done[r], tables[r], step[r]) for r in active
-        ]
+        batch = [Chunk(rows()[r][done[r] : done[r] + step[r]], done[r], tables[r], step[r]) for r in active]
         logits = runner.forward(Batch.pack(batch, BLOCK, runner.device))
         for r, part in zip(active, logits.split([step[r] for r in active]), strict=True):
             got[r].append(part)
@@ -214,7 +213,10 @@ def test_only_the_wanted_positions_give_logits():
     runner = ReferenceRunner(model, BLOCK)
     runner.allocate(BLOCKS)
     tables = [list(range(16 * r, 16 * r + 16)) for r in range(3)]
-    first = [Chunk(row[:20], 0, table, wanted) for row, table, wanted in zip(rows(), tables, (0, 1, 20), strict=True)]
+    first = [
+        Chunk(row[:20], 0, table, wanted)
+        for row, table, wanted in zip(rows(), tables, (0, 1, 20), strict=True)
+    ]
     got = runner.forward(Batch.pack(first, BLOCK, runner.device))
     want = torch.cat([expected[1][19:20], expected[2][:20]])
     torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
@@ -234,9 +236,7 @@ def test_a_block_that_two_rows_share_serves_both():
         Chunk(other[8:], 8, [7, 3, 11, 2], 6),
     ]
     got = runner.forward(Batch.pack(tails, BLOCK, runner.device))
-    torch.testing.assert_close(
-        got, torch.cat([expected[0][8:14], expected[1][8:]]), atol=TOLERANCE, rtol=0
-    )
+    torch.testing.assert_close(got, torch.cat([expected[0][8:14], expected[1][8:]]), atol=TOLERANCE, rtol=0)
 
 
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -249,6 +249,19 @@ REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "GptOssForCausalLM": lambda: GptOssConfig(
         **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW
+    ),
+    # One longer row switches the rotary frequencies of the whole batch.
+    "Phi3ForCausalLM": lambda: Phi3Config(
+        **GROUPED,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 32,
+            "factor": 2.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        },
     ),
 }
 
