@@ -70,12 +70,16 @@ class Tally:
 HEADER = f"{'configuration':<58} {'positions':>9} {'mismatches':>10} {'drafted':>8} {'acceptance':>10}"
 
 
+def config(where: Path) -> EngineConfig:
+    """One engine for every drafter: requests choose."""
+    return EngineConfig(
+        target=str(where), draft="self:6", dtype="float32", device="cpu", max_model_len=256, max_num_seqs=8
+    )
+
+
 @pytest.fixture(scope="module")
 def engine(smollm2: Path) -> Engine:
-    config = EngineConfig(
-        target=str(smollm2), draft="self:6", dtype="float32", device="cpu", max_model_len=256, max_num_seqs=8
-    )
-    return Engine(config)
+    return Engine(config(smollm2))
 
 
 @cache
