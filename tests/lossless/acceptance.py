@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _engine: Engine | None = None
 def main() -> None:
     args = _arguments()
     kinds = {"greedy": identity.GREEDY, **identity.SEEDED}
-    kinds = {name: kind for name, kind in kinds.items() if args.kind in (None, name)}
+    kinds = {name: kind for name, kind in kinds.items() if args.kind is None or name in args.kind}
     where = Path(resolve("smollm2"))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -46,7 +47,7 @@ def main() -> None:
             (where, name, expected[name], args.tokens, label, speculations, batch)
             for name in kinds
             for label, speculations, batch in identity.configurations(list(identity.EVERY))
-            if args.batch in (None, batch)
+            if args.batch in (None, batch) and re.search(args.only, label)
         ]
         tasks.sort(key=lambda task: task[-1])  # the long ones, batch 1, first
         print(identity.HEADER, flush=True)
@@ -69,8 +70,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--kind", help="greedy or one of the seeded kinds; all by default")
+    parser.add_argument("--kind", action="append", help="greedy or a seeded kind; may be repeated")
     parser.add_argument("--batch", type=int, help="1 or 8; both by default")
+    parser.add_argument("--only", default="", help="a pattern for the configurations' names")
     parser.add_argument("--json", type=Path, default=Path("out/lossless.json"))
     return parser.parse_args()
 
