@@ -199,12 +199,12 @@ class Engine:
             stop_token_id=stop_token,
             policy="none" if seq.drafter == "none" else seq.policy,
             drafter=seq.drafter,
-            iterations=int(row.decodes),
+            iterations=int(not first),
             drafted=len(row.draft.tokens),
             accepted=min(row.accepted, len(new)),
             stop_reason=row.draft.stop_reason,
             draft_seconds=draft_seconds if row.draft.tokens else 0.0,
-            verify_seconds=verify_seconds if row.decodes else 0.0,
+            verify_seconds=0.0 if first else verify_seconds,
             cached_tokens=seq.cached_tokens if first else 0,
         )
         if finish is not None:

@@ -102,6 +102,11 @@ def assemble(
         drafters["ngram"] = NgramDrafter(target.device)
     if draft is not None:
         drafters["model"] = ModelDrafter(draft, manager, vocab, eos_ids, noise, random)
+        if draft.vocab_size < vocab:
+            raise ConfigError(
+                f"the vocabulary of draft {config.draft!r} has {draft.vocab_size} ids, the target's {vocab}: "
+                "the draft could not read every token"
+            )
     options = options_of(config.policy, config.policy_options)
     info = ModelInfo(
         target=config.target,

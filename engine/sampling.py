@@ -15,6 +15,8 @@ from torch import Tensor
 from engine.sequence import Sequence, TokenCounts
 from engine.types import SamplingParams
 
+_TINY = 1e-3  # below it, a logit over the temperature could overflow
+
 
 @dataclass(frozen=True)
 class Place:
@@ -40,7 +42,9 @@ def scaled_logits(logits: Tensor, places: Seq[Place], eos_ids: Seq[int]) -> Tens
     if all(p.temperature == 0 for p in params):
         return out
     temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=out.dtype, device=out.device)
-    out = out / temperature[:, None]
+    if any(0 < p.temperature < _TINY for p in params):  # from the maximum down: what overflows is a law of 0
+        out = out - out.amax(-1, keepdim=True)
+    out = out / temperature[:, None].clamp(min=torch.finfo(out.dtype).tiny)
     filtered = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p)]
     if filtered:
         out[filtered] = _filter(out[filtered], [params[i] for i in filtered])
@@ -62,8 +66,8 @@ def _adjust(row: Tensor, place: Place, eos_ids: Seq[int]) -> None:
     seq, params = place.seq, place.seq.params
     if _penalised(params):
         if seq.counts is None:
-            prompt, output = seq.tokens[: seq.prompt_len], seq.tokens[seq.prompt_len :]
-            seq.counts = TokenCounts(prompt, output, row.shape[0], row.device)
+            at = seq.prompt_len
+            seq.counts = TokenCounts(seq.tokens[:at], seq.tokens[at:], row.shape[0], row.device)
         output, seen = seq.counts.after(place.drafted)
         counts = output.to(row.dtype)
         if params.repetition_penalty != 1:

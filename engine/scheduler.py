@@ -28,7 +28,7 @@ class PlanRow:
     tokens: int  # pending tokens of the row that run now
     sl: int = 0  # draft tokens that may follow them, if the row decodes
     sl_reason: str | None = None  # what bounds sl: policy, cap, room
-    decodes: bool = False  # only the newest token was pending when the row was planned
+    decodes: bool = False  # only the newest token was pending when the row was planned: it may draft
     samples: bool = field(init=False)  # this pass reaches the newest token: the next one can be sampled
 
     draft: RowDraft = field(default_factory=RowDraft)
@@ -40,6 +40,7 @@ class PlanRow:
     failed: bool = False  # NaN or infinite logits
 
     def __post_init__(self) -> None:
+        assert self.tokens > 0, "a running row always has a pending token"
         self.samples = self.tokens == self.seq.pending
 
 
@@ -75,14 +76,14 @@ class Scheduler:
 
     def plan(self, limits: Limits) -> list[PlanRow]:
         """The rows of the next step, with blocks for all their tokens. `limits` says what may be drafted."""
-        decoding = [seq for seq in self.running if seq.pending == 1]
+        decoding = [seq for seq in self.running if seq.decodes]
         rows: list[PlanRow] = []
         for seq, (sl, reason) in zip(decoding, limits(decoding) if decoding else [], strict=True):
             if seq.status == "running":
                 self._place(rows, PlanRow(seq, 1, sl, reason, decodes=True))
         budget = max(self._budget - sum(row.tokens + row.sl for row in rows), MIN_CHUNK)
         for seq in list(self.running):
-            if seq.status == "running" and seq.pending > 1 and budget > 0:
+            if seq.status == "running" and not seq.decodes and budget > 0:
                 take = min(seq.pending, budget)
                 if self._place(rows, PlanRow(seq, take)):
                     budget -= take

@@ -64,6 +64,11 @@ class Sequence:
         return len(self.tokens) - self.kv_len
 
     @property
+    def decodes(self) -> bool:
+        """Whether its next pass is an iteration: it may draft. The pass of the first token is prefill."""
+        return self.pending == 1 and self.generated > 0
+
+    @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
 

@@ -98,8 +98,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """What one step gave one request. The last event of a request has a `finish_reason`.
 
-    `token_ids` may be empty (a last event after an abort or an error). `iterations` is 1 for a
-    decode pass of the target and 0 for the prefill pass that gives the first token, so that
+    `token_ids` may be empty (a last event after an abort or an error). `iterations` is 0 for
+    the pass of the target that gives the first token, which is prefill, and 1 for every later one, so that
     sums over events are the request's speculation statistics. `accepted` counts emitted draft
     tokens only. Seconds are this request's share of the step (the whole step's wall time: rows
     run together).

@@ -7,6 +7,7 @@ into the query axis, so keys and values are never repeated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,15 +77,21 @@ def _group(
     if len(rows) == 1 and all(b - a == 1 for a, b in zip(blocks[0], blocks[0][1:], strict=False)):
         kv = slice(blocks[0][0] * block_size, blocks[0][0] * block_size + context)
     else:
-        # Padding repeats the row's own first block: finite if the row is, never another row's.
-        width = max(len(table) for table in blocks)
-        table = torch.tensor(
-            [[*t, *[t[0]] * (width - len(t))] for t in blocks], dtype=torch.int64, device=device
-        )
-        offsets = torch.arange(block_size, device=device)
-        kv = (table[:, :, None] * block_size + offsets).flatten(1)[:, :context].flatten()
+        kv = _slots(blocks, [batch.context_lens[row] for row in rows], block_size, device)
     query_pos = batch.positions[queries].view(len(rows), length)
     return Group(len(rows), length, queries, kv, query_pos, context=context)
+
+
+def _slots(blocks: list[Seq[int]], lengths: list[int], block_size: int, device: torch.device) -> Tensor:
+    """int64[G * C]: the slots of every row's context, the shorter ones padded with their last slot.
+
+    Never a slot beyond a row's own context: it may hold another request's NaN, and 0 * NaN is NaN.
+    """
+    width, context = max(map(len, blocks)), max(lengths)
+    table = torch.tensor([[*row, *[0] * (width - len(row))] for row in blocks], device=device)
+    last = torch.tensor(lengths, device=device)[:, None] - 1
+    at = torch.arange(context, device=device).minimum(last)  # [G, C]
+    return (table.gather(1, at // block_size) * block_size + at % block_size).flatten()
 
 
 def attend(

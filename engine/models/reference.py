@@ -60,6 +60,7 @@ class ReferenceRunner:
         self._groups: list[attention.Group] = []
         if not getattr(model, "_supports_attention_backend", False):
             raise UnsupportedModel(f"{self.name} does not support attention functions in transformers")
+        _refuse_batch_dependence(model)
         expected = _own_logits(model)
         model.config._attn_implementation = attention.NAME
         for module in model.modules():
@@ -158,6 +159,16 @@ class ReferenceRunner:
             raise UnsupportedModel(
                 f"{self.name} does not run over a paged KV: logits {float(worst):.3g} off its own"
             )
+
+
+def _refuse_batch_dependence(model: PreTrainedModel) -> None:
+    """Rotary frequencies that follow the longest row would let one request change another's text."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                name = type(model).__name__
+                raise UnsupportedModel(f"{name} has {kind} rotary frequencies, which follow the longest row")
 
 
 def _probe_ids(vocab_size: int) -> list[int]:

@@ -227,7 +227,7 @@ def test_target_kv_rolled_back_wrong_by_one(monkeypatch: Patch, offset: int):
 
 
 def test_target_kv_of_a_rejected_token_is_kept(monkeypatch: Patch):
-    """The row believes that nothing is pending, and never ends."""
+    """The row believes that nothing is pending, which the scheduler does not."""
 
     def keep(seq: Sequence, all_accepted: bool) -> None:
         seq.kv_len += not all_accepted

@@ -80,11 +80,8 @@ class ModelDrafter:
         return drafts
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
-        logits = self._runner.forward(Batch.pack(chunks, self._blocks.block_size, self._runner.device))
-        width = logits.shape[-1]
-        if width >= self._vocab:
-            return logits[:, : self._vocab]
-        return torch.nn.functional.pad(logits, (0, self._vocab - width), value=float("-inf"))
+        batch = Batch.pack(chunks, self._blocks.block_size, self._runner.device)
+        return self._runner.forward(batch)[:, : self._vocab]
 
     def _chunk(self, row: Sequence, draft: RowDraft) -> Chunk:
         """What the draft must see next: the newest token, and before it what its KV lacks."""
