@@ -78,9 +78,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> tuple[list[TokenEvent], StepStats]:
-        """Draft, verify, commit. Events of every row that got tokens or ended."""
+        """Draft, verify, commit. Events of every row that got tokens or ended; none without work."""
         begin = time.perf_counter()
         rows = self._scheduler.plan(self._limits)
+        if not rows:
+            return [], self._stats([], [], 0.0, 0.0, time.perf_counter() - begin)
         self._draft(rows)
         drafted = time.perf_counter()
         logits = self._run_target(rows)

@@ -42,9 +42,7 @@ def _sampling(params: SamplingParams, info: ModelInfo) -> None:
     _number(params.min_p, "min_p", 0, 1)
     _number(params.presence_penalty, "presence_penalty", -2, 2)
     _number(params.frequency_penalty, "frequency_penalty", -2, 2)
-    _number(params.repetition_penalty, "repetition_penalty", 0, 10)
-    if params.repetition_penalty == 0:
-        raise InvalidRequest("repetition_penalty must be greater than 0", "repetition_penalty")
+    _number(params.repetition_penalty, "repetition_penalty", 1e-3, 10)
     _token_ids(params.logit_bias, "logit_bias", info.vocab_size)
     for bias in params.logit_bias.values():
         _number(bias, "logit_bias", -100, 100)

@@ -162,6 +162,8 @@ class _Loop:
         if request_id is not None:
             del self.tickets[request_id]
             self.engine.abort(request_id)
+            if not self.engine.has_work():
+                self.step()  # without work it does nothing but tell that nothing runs any more
 
     def step(self) -> None:
         events, stats = self.engine.step()

@@ -68,8 +68,7 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
 async def _load(context: Context) -> None:
     try:
         await context.engine.start()
-    except EngineUnavailable as error:
-        log.error("the engine cannot load: %s", error)
+    except EngineUnavailable as error:  # the engine's client has logged it
         context.loading_error = error
     except Exception as error:  # nobody awaits this task: what happened shows in the log and in /health
         log.exception("the engine cannot load")

@@ -15,6 +15,7 @@ from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
+CLIENT_GONE = 499  # nobody reads it; it is what the access log and the metrics say
 _TYPES = {503: "service_unavailable_error"}
 
 

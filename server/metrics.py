@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.client import EngineClient
@@ -25,6 +28,7 @@ class Metrics:
         self._requests_metrics()
         self._engine_metrics()
         self._speculation_metrics()
+        self._last, self._last_life = StepStats(), 0  # the last step, and the engine's life it was in
         self._since_start = {"prefix_queries": 0, "prefix_hits": 0, "preemptions": 0}
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -80,16 +84,29 @@ class Metrics:
         """Follows this engine's steps and state."""
         self.up.set_function(lambda: float(engine.state == "ready"))
         self.restarts.set_function(lambda: float(engine.restarts))
+        for gauge, read in (
+            (self.running, lambda stats: stats.running),
+            (self.waiting, lambda stats: stats.waiting),
+            (self.kv_used, lambda stats: stats.kv_blocks_used),
+            (self.kv_total, lambda stats: stats.kv_blocks_total),
+            (self.kv_ratio, lambda stats: stats.kv_blocks_used / max(stats.kv_blocks_total, 1)),
+        ):
+            gauge.set_function(partial(self._of_last_step, engine, read))
         engine.on_step(self.on_step)
+        engine.on_step(lambda stats, events: self._remember(stats, engine.restarts))
+
+    def _remember(self, stats: StepStats, restarts: int) -> None:
+        self._last, self._last_life = stats, restarts
+
+    def _of_last_step(self, engine: EngineClient, read: Callable[[StepStats], float]) -> float:
+        """A figure of the last step; 0 once the engine that made the step is gone."""
+        alive = engine.state == "ready" and engine.restarts == self._last_life
+        return float(read(self._last)) if alive else 0.0
 
     def on_step(self, stats: StepStats, events: list[TokenEvent]) -> None:
         """Takes one engine step in. Called on the event loop."""
-        self.running.set(stats.running)
-        self.waiting.set(stats.waiting)
-        self.kv_used.set(stats.kv_blocks_used)
-        self.kv_total.set(stats.kv_blocks_total)
-        self.kv_ratio.set(stats.kv_blocks_used / max(stats.kv_blocks_total, 1))
-        self.steps.observe(stats.step_seconds)
+        if stats.rows:
+            self.steps.observe(stats.step_seconds)
         self._count_up("prefix_queries", stats.prefix_queries, self.prefix_queries)
         self._count_up("prefix_hits", stats.prefix_hits, self.prefix_hits)
         self._count_up("preemptions", stats.preemptions, self.preemptions)

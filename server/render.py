@@ -30,18 +30,34 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._longest = max(len(token.encode()) for token in tokenizer.get_vocab())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    async def prompts(self, items: Sequence[str | list[int]]) -> list[Prompt]:
-        """Prompts of a completion: strings get the special tokens that the tokenizer adds by itself."""
+    async def prompts(self, items: Sequence[str | list[int]], context: int) -> list[Prompt]:
+        """Prompts of a completion: strings get the special tokens that the tokenizer adds by itself.
+
+        Raises InvalidRequest for a text that cannot fit `context` tokens, without encoding it.
+        """
+        for item in items:
+            if isinstance(item, str):
+                self._check_length(item, context, "prompt")
         return await self._run(lambda: [self._prompt(item) for item in items])
 
-    async def chat(self, body: ChatBody) -> Prompt:
-        """Messages through the model's chat template. Raises InvalidRequest with the template's message."""
-        return await self._run(lambda: self._chat(body))
+    async def chat(self, body: ChatBody, context: int) -> Prompt:
+        """Messages through the model's chat template. Raises InvalidRequest with the template's message,
+        or for a text that cannot fit `context` tokens, without encoding it."""
+        return await self._run(lambda: self._chat(body, context))
+
+    def _check_length(self, text: str, context: int, param: str) -> None:
+        """No token stands for more bytes than the longest one: megabytes need not be encoded to be refused."""
+        if len(text) > context * self._longest:
+            message = (
+                f"the model's context is {context} tokens; a text of {len(text)} characters cannot fit it"
+            )
+            raise InvalidRequest(message, param, "context_length_exceeded")
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -51,7 +67,7 @@ class Renderer:
             return Prompt(self._encode(item, special=True), item)
         return Prompt(tuple(item), None)
 
-    def _chat(self, body: ChatBody) -> Prompt:
+    def _chat(self, body: ChatBody, context: int) -> Prompt:
         if not self._tokenizer.chat_template:
             message = "the model has no chat template; use /v1/completions"
             raise InvalidRequest(message, "messages", "no_chat_template")
@@ -70,6 +86,7 @@ class Renderer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             message = f"the chat template refuses these messages: {error}"
             raise InvalidRequest(message, "messages", "chat_template_error") from error
+        self._check_length(str(text), context, "messages")
         # the template writes BOS and the like itself
         return Prompt(self._encode(str(text), special=False), None)
 

@@ -11,10 +11,9 @@ import msgspec
 from fastapi import Request, Response
 from sse_starlette.sse import EventSourceResponse
 
-from server.errors import to_api_error
+from server.errors import CLIENT_GONE, to_api_error
 
 T = TypeVar("T")
-CLIENT_GONE = 499  # nobody reads it; it is what the access log and the metrics say
 
 
 def sse(chunks: AsyncGenerator[dict[str, Any], None], shutdown_seconds: float) -> Response:

@@ -129,13 +129,13 @@ def options_of(name: str, options: Mapping[str, Any] | None) -> msgspec.Struct:
     """Validated options of the policy. Raises InvalidRequest naming what would be valid."""
     known = policies()
     if name not in known:
-        message = f"unknown policy {name!r}; known: {', '.join(sorted(known))}"
+        message = f"unknown policy {name[:64]!r}; known: {', '.join(sorted(known))}"
         raise InvalidRequest(message, "speculation.policy", "unknown_policy")
     kind = known[name].Options
     valid = kind.__struct_fields__
     unknown = sorted(set(options or {}) - set(valid))
     if unknown:
-        message = f"policy {name!r} has no option {unknown[0]!r}; valid: {', '.join(valid) or 'none'}"
+        message = f"policy {name!r} has no option {unknown[0][:64]!r}; valid: {', '.join(valid) or 'none'}"
         raise InvalidRequest(message, "speculation.options", "unknown_option")
     try:
         return msgspec.convert(dict(options or {}), kind)

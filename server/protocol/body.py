@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from engine.types import InvalidRequest
-from server.errors import ApiError
+from server.errors import CLIENT_GONE, ApiError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 B = TypeVar("B", bound=BaseModel)
@@ -28,11 +29,14 @@ async def _read_bytes(request: Request, limit: int) -> bytes:
         raise _too_large(limit)
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():  # chunked bodies have no length: count, and read no further
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
+    try:
+        async for part in request.stream():  # chunked bodies have no length: count, and read no further
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ApiError(CLIENT_GONE, "the client left before its request was whole") from error
     return b"".join(parts)
 
 

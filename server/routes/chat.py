@@ -33,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
     context.check_model(body.model)
     info = context.ready()
     answer = _Answer(context, body)
-    prompt = await context.renderer.chat(body)
+    prompt = await context.renderer.chat(body, info.max_model_len)
     max_tokens = room_left(prompt, info) if body.limit is None else body.limit
     choices = await answer.choices(prompt, max_tokens)
     if body.stream:

@@ -32,9 +32,9 @@ async def completions(request: Request) -> Response:
     context = context_of(request)
     body = await bodies.read(request, CompletionBody, context.settings.max_body_bytes)
     context.check_model(body.model)
-    context.ready()
+    info = context.ready()
     answer = _Answer(context, body)
-    prompts = await context.renderer.prompts(body.prompt)
+    prompts = await context.renderer.prompts(body.prompt, info.max_model_len)
     choices = await answer.choices(prompts)
     if body.stream:
         return sse(answer.chunks(choices), context.settings.shutdown_seconds)

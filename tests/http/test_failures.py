@@ -156,3 +156,44 @@ async def test_large_bodies_over_a_socket(port: int) -> None:
 async def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.005)
+
+
+async def test_gauges_of_a_dead_engine_are_zero(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/v1/completions", json=GOOD)
+    assert "disco_requests_running 1.0" in (await client.get("/metrics")).text
+    engine.state = "restarting"
+    assert "disco_requests_running 0.0" in (await client.get("/metrics")).text
+    engine.state, engine.restarts = "ready", 1
+    text = (await client.get("/metrics")).text
+    assert "disco_requests_running 0.0" in text and "disco_kv_blocks_used 0.0" in text
+
+
+async def test_a_text_that_cannot_fit_is_refused_without_encoding(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr("server.render.Renderer._encode", refuse)
+    huge = "a " * 5_000
+    response = await client.post("/v1/completions", json=GOOD | {"prompt": huge})
+    assert check_error(response, 400)["code"] == "context_length_exceeded"
+    response = await client.post(
+        "/v1/chat/completions", json=CHAT | {"messages": [{"role": "user", "content": huge}]}
+    )
+    error = check_error(response, 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+async def test_a_client_that_leaves_while_sending_is_no_fault(make_app: Callable[..., FastAPI]) -> None:
+    async with listening(make_app()) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
+        writer.write(head.encode())
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.close()
+        await asyncio.sleep(0.2)
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+    assert 'status="499"' in text and 'status="500"' not in text
