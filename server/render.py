@@ -52,7 +52,7 @@ class Renderer:
         return await self._run(lambda: self._chat(body, context))
 
     def _check_length(self, text: str, context: int, param: str) -> None:
-        """No token stands for more bytes than the longest one: megabytes need not be encoded to be refused."""
+        """No token stands for more bytes than the longest one: a text may be refused without encoding it."""
         if len(text) > context * self._longest:
             message = (
                 f"the model's context is {context} tokens; a text of {len(text)} characters cannot fit it"
