@@ -66,10 +66,17 @@ def main() -> None:
     floor = _floor(path)
     different = _differences(runs)
     _show(runs, floor, different)
-    save(args.json, {"what": __doc__, "target": args.target, "tokens": args.tokens, "rounds": args.rounds,
-                     "floor_ms_per_token": floor * 1e3, "different": different,
-                     "median_tokens_per_second": {name: _median(run) for name, run in runs.items()},
-                     "runs": runs})  # fmt: skip
+    figures = {
+        "what": __doc__,
+        "target": args.target,
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "floor_ms_per_token": floor * 1e3,
+        "different": different,
+        "median_tokens_per_second": {name: _median(run) for name, run in runs.items()},
+        "runs": {name: [_figures(one) for one in run] for name, run in runs.items()},
+    }
+    save(args.json, figures)
     if different:
         raise SystemExit(f"outputs differ: {different}")
 
@@ -175,6 +182,10 @@ def _floor(path: str) -> float:
         numbers.sum()
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+def _figures(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name != "output"}
 
 
 def _speed(run: dict[str, Any]) -> float:
