@@ -1,4 +1,4 @@
-"""The command `disco-serve`: serve, generate, models."""
+"""The command `disco-serve`: serve, generate, models; and what entry points add."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import sys
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from typing import Annotated, Any
 
 import typer
@@ -148,7 +148,9 @@ def pull_model(
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command. Other rooms add commands of their own by entry point."""
+    for entry in entry_points(group="disco_serve.commands"):
+        app.command(entry.name)(entry.load())
     app()
 
 

@@ -117,19 +117,20 @@ def attend(
         k = keys[group.kv].view(g, c, kv_heads, -1).transpose(1, 2)
         v = values[group.kv].view(g, c, kv_heads, -1).transpose(1, 2)
         mask = group.mask(window, fold)
-        if softcap is None:
-            attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scaling)
-        else:
-            attended = _softcapped(queries, k, v, mask, scaling, softcap)
+        attended = attend_dense(queries, k, v, mask, scaling, softcap)
         # -> [G, Q, kv_heads, fold, D]
         attended = attended.view(g, kv_heads, fold, q, -1).permute(0, 3, 1, 2, 4)
         out[group.queries] = attended.reshape(g * q, heads, -1)
     return out
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float) -> Tensor:
-    """Attention with scores cap * tanh(score / cap) (Gemma 2)."""
-    scores = torch.tanh((q @ k.transpose(-1, -2)) * scaling / cap) * cap
+def attend_dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """q [B, H, Q, D] over k and v [B, H, C, D]; with `softcap` c, scores are c * tanh(score / c) (Gemma 2)."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    scores = torch.tanh((q @ k.transpose(-1, -2)) * scaling / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v

@@ -1,0 +1,104 @@
+"""The commands that this package adds to `disco-serve`, found through the entry points in pyproject.toml."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from classifiers.distill.options import DistillError, DistillOptions
+
+_DEFAULT = DistillOptions(target="", out=Path())
+
+
+def distill_draft(
+    target: Annotated[str, typer.Option(help="The model to make a draft for.")],
+    out: Annotated[Path, typer.Option(help="Directory of the draft; a killed run goes on from what is there.")],
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(help="User messages for half of the text: one a line, or .jsonl with 'prompt'. Repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same draft.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")] = "auto",
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the target's text to make.")] = _DEFAULT.text_tokens,
+    rows: Annotated[int, typer.Option(help="Documents written at once.")] = _DEFAULT.rows,
+    length: Annotated[int, typer.Option(help="Tokens of a row of documents.")] = _DEFAULT.length,
+    answer_tokens: Annotated[int, typer.Option(help="The longest answer.")] = _DEFAULT.answer_tokens,
+    temperatures: Annotated[
+        str, typer.Option(help="Drawn from for each document; 0 is greedy.")
+    ] = ",".join(f"{t:g}" for t in _DEFAULT.temperatures),
+    init: Annotated[
+        str, typer.Option(help="pca, or layers:I,J,...: copies of these layers of the target.")
+    ] = _DEFAULT.init,
+    hidden: Annotated[int, typer.Option(help="Width.")] = _DEFAULT.hidden,
+    layers: Annotated[int, typer.Option(help="Layers.")] = _DEFAULT.layers,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = _DEFAULT.heads,
+    kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = _DEFAULT.kv_heads,
+    intermediate: Annotated[int, typer.Option(help="Width of the MLP.")] = _DEFAULT.intermediate,
+    embed_rank: Annotated[
+        int, typer.Option(min=0, help="Rank of the input embedding; 0: full.")
+    ] = _DEFAULT.embed_rank or 0,
+    draft_vocab: Annotated[
+        int, typer.Option(min=0, help="Tokens that the head knows, the most frequent; 0: all.")
+    ] = _DEFAULT.draft_vocab or 0,
+    weights: Annotated[str, typer.Option(help="As saved: bfloat16, int8 or float32.")] = _DEFAULT.weights,
+    train_tokens: Annotated[int, typer.Option(help="Token passes of training.")] = _DEFAULT.train_tokens,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = _DEFAULT.batch_tokens,
+    matrix_lr: Annotated[float, typer.Option(help="Learning rate of the layers' matrices (Muon).")] = _DEFAULT.matrix_lr,
+    other_lr: Annotated[float, typer.Option(help="Learning rate of the rest (AdamW).")] = _DEFAULT.other_lr,
+    finish_from: Annotated[
+        float, typer.Option(help="Share of the steps after which total variation is trained on.")
+    ] = _DEFAULT.finish_from,
+    finish_temperatures: Annotated[
+        str, typer.Option(help="At which laws are compared then; low ones are what greedy requests see.")
+    ] = ",".join(f"{t:g}" for t in _DEFAULT.finish_temperatures),
+    eval_per_category: Annotated[int | None, typer.Option(help="Held-out prompts of a category; default: all.")] = None,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens of a held-out answer.")] = _DEFAULT.eval_tokens,
+    eval_every: Annotated[int, typer.Option(help="Steps between looks at the held-out prompts.")] = _DEFAULT.eval_every,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.")] = _DEFAULT.checkpoint_minutes,
+    stop_after_minutes: Annotated[
+        float | None, typer.Option(help="Stop then, to go on with the same command later (exit code 3).")
+    ] = None,
+) -> None:
+    """Make a small draft for a target out of the target's own text."""
+    import msgspec
+
+    given = dict(locals())
+    given.pop("msgspec")
+    for name in ("temperatures", "finish_temperatures"):
+        given[name] = [word for word in given[name].split(",") if word.strip()]
+    for name in ("embed_rank", "draft_vocab"):
+        given[name] = given[name] or None
+    given["prompts"] = given["prompts"] or ()
+    for name in ("out", "prompts"):
+        given.pop(name)
+    try:
+        options = msgspec.convert(
+            {**given, "out": str(out), "prompts": [str(each) for each in prompts or ()]},
+            DistillOptions,
+            strict=False,
+            dec_hook=lambda kind, value: kind(value),
+        )
+        options.check()
+    except msgspec.ValidationError as error:
+        _fail(str(error), 2)
+    except DistillError as error:
+        _fail(str(error), 2)
+    from classifiers.distill.run import distill
+    from engine.types import CannotLoad
+
+    try:
+        whole = distill(options, shlex.join(["disco-serve", *sys.argv[1:]]))
+    except (DistillError, CannotLoad, OSError) as error:
+        _fail(str(error), 1)
+    if not whole:
+        raise typer.Exit(3)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"disco-serve: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)

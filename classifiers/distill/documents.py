@@ -1,0 +1,125 @@
+"""The beginnings of the documents that the target continues: what is forced, and what is its own."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from classifiers.distill.options import DistillError
+from classifiers.openings import openings
+
+_MARK = "\u241f"  # stands for the user's message in the chat template; no template has it
+LONGEST = 192  # tokens of a forced beginning; a longer one is left out
+ALONE = 0.05  # of the chats begin with nothing: the target invents the whole question
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """D documents: `tokens` int64[D, Q] (padded), `lengths` int64[D], `open` bool[D], `temperature` [D].
+
+    An open document ends inside the user's message: the target invents the rest, then `answer`
+    (int64[S]: the template from the end of the user's message to the beginning of the answer) is
+    forced, and the target answers. `kinds`: how many of each kind, for the card.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    open: Tensor
+    temperature: Tensor
+    answer: Tensor
+    kinds: dict[str, int]
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """What the template puts before and after a lone user message; None without a template."""
+    if not tokenizer.chat_template:
+        return None
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    assert isinstance(text, str)
+    before, found, after = text.partition(_MARK)
+    if not found:
+        raise DistillError("the target's chat template does not show the user's message as it is")
+    return before, after
+
+
+def read_prompts(paths: Seq[Path]) -> list[str]:
+    """User messages: one a line, or JSON lines with "prompt". Raises DistillError with file and line."""
+    prompts: list[str] = []
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            if path.suffix == ".jsonl":
+                try:
+                    line = json.loads(line)["prompt"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DistillError(f'{path}:{number}: not an object with "prompt"') from error
+                if not isinstance(line, str):
+                    raise DistillError(f'{path}:{number}: "prompt" is not a string')
+            prompts.append(line)
+    if paths and not prompts:
+        raise DistillError(f"no prompt in {', '.join(map(str, paths))}")
+    return prompts
+
+
+def beginnings(
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int,
+    temperatures: Seq[float],
+    prompts: Seq[str],
+    device: torch.device,
+) -> Beginnings:
+    """`count` documents, the same for a seed: half from `prompts` if there are any, the rest built in."""
+    rng = random.Random(seed)
+    frame = chat_frame(tokenizer)
+    texts: list[str] = []
+    opens: list[bool] = []
+    kinds: dict[str, int] = {}
+    for opening in openings(seed, count):
+        kind, text = opening.kind, opening.text
+        if prompts and rng.random() < 0.5:
+            kind, text = "prompt file", rng.choice(prompts)
+        elif kind != "text" and rng.random() < ALONE:
+            kind, text = "user_open", ""
+        if frame is None or kind == "text":
+            texts.append(text)
+        else:
+            texts.append(frame[0] + text + ("" if kind == "user_open" else frame[1]))
+        opens.append(frame is not None and kind == "user_open")
+        kinds[kind] = kinds.get(kind, 0) + 1
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=frame is None)["input_ids"]
+    if frame is not None and tokenizer.bos_token_id is not None and _adds_bos(tokenizer):
+        bos = tokenizer.bos_token_id
+        ids = [each if each[:1] == [bos] else [bos, *each] for each in ids]
+    kept = [i for i, each in enumerate(ids) if 1 <= len(each) <= LONGEST]
+    if not kept:
+        raise DistillError(f"no prompt is between 1 and {LONGEST} tokens long")
+    width = max(len(ids[i]) for i in kept)
+    answer = tokenizer(frame[1], add_special_tokens=False)["input_ids"] if frame else [0]
+
+    def tensor(values: list[list[int]] | list[int] | list[bool] | list[float]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    return Beginnings(
+        tokens=tensor([ids[i] + [0] * (width - len(ids[i])) for i in kept]),
+        lengths=tensor([len(ids[i]) for i in kept]),
+        open=tensor([opens[i] for i in kept]),
+        temperature=tensor([float(rng.choice(temperatures)) for _ in kept]),
+        answer=tensor(answer),
+        kinds=kinds,
+    )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether plain text gets a beginning token (chat templates write their own)."""
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
