@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from classifiers.distill.options import DistillError, DistillOptions
+from classifiers.distill.options import DistillOptions
 
 _DEFAULT = DistillOptions(target="", out=Path())
 
@@ -65,40 +67,73 @@ def distill_draft(
     ] = None,
 ) -> None:
     """Make a small draft for a target out of the target's own text."""
-    import msgspec
-
-    given = dict(locals())
-    given.pop("msgspec")
-    for name in ("temperatures", "finish_temperatures"):
-        given[name] = [word for word in given[name].split(",") if word.strip()]
-    for name in ("embed_rank", "draft_vocab"):
-        given[name] = given[name] or None
-    given["prompts"] = given["prompts"] or ()
-    for name in ("out", "prompts"):
-        given.pop(name)
-    try:
-        options = msgspec.convert(
-            {**given, "out": str(out), "prompts": [str(each) for each in prompts or ()]},
-            DistillOptions,
-            strict=False,
-            dec_hook=lambda kind, value: kind(value),
-        )
-        options.check()
-    except msgspec.ValidationError as error:
-        _fail(str(error), 2)
-    except DistillError as error:
-        _fail(str(error), 2)
     from classifiers.distill.run import distill
-    from engine.types import CannotLoad
+
+    given = locals() | {
+        "temperatures": _numbers("--temperatures", temperatures),
+        "finish_temperatures": _numbers("--finish-temperatures", finish_temperatures),
+        "embed_rank": embed_rank or None,
+        "draft_vocab": draft_vocab or None,
+        "prompts": tuple(prompts or ()),
+    }
+    options = DistillOptions(**{name: given[name] for name in DistillOptions.__struct_fields__})
+    with _one_line_errors():
+        if not distill(options, shlex.join(["disco-serve", *sys.argv[1:]])):
+            raise typer.Exit(3)
+
+
+def bench_pair(
+    target: Annotated[str, typer.Option(help="The model that is served.")],
+    draft: Annotated[str, typer.Option(help="default, self:N or a model.")],
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(help=".jsonl with 'category' and 'prompt' or 'text', or .txt, one a line. Repeatable."),
+    ] = None,
+    per_category: Annotated[int | None, typer.Option(help="Prompts of a category; default: all.")] = None,
+    tokens: Annotated[int, typer.Option(help="The longest answer.")] = 128,
+    sl: Annotated[int, typer.Option(help="The largest lookahead.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled texts.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="File for the report as JSON.")] = None,
+) -> None:
+    """Judge a pair: what a draft step costs, how often it is right, and what that would gain."""
+    from classifiers.pair import PairOptions, run
+
+    given = locals() | {"prompts": tuple(prompts or ())}
+    with _one_line_errors():
+        run(PairOptions(**{name: given[name] for name in PairOptions.__struct_fields__}))
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        _fail(f"{name} {text!r}: numbers set apart by commas", 2)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What was asked wrongly ends with code 2, what cannot be done with 1; both with one line."""
+    from engine.types import CannotLoad, RequestFailed
 
     try:
-        whole = distill(options, shlex.join(["disco-serve", *sys.argv[1:]]))
-    except (DistillError, CannotLoad, OSError) as error:
+        yield
+    except ValueError as error:
+        _fail(str(error), 2)
+    except (CannotLoad, RequestFailed, OSError) as error:
         _fail(str(error), 1)
-    if not whole:
-        raise typer.Exit(3)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"disco-serve: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command("distill-draft")(distill_draft)
+app.command("bench-pair")(bench_pair)
+
+if __name__ == "__main__":
+    app()

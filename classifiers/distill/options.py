@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
+
+Weights = Literal["int8", "bfloat16", "float32"]
 
 
 class DistillError(ValueError):
@@ -34,7 +36,7 @@ class DistillOptions(msgspec.Struct, frozen=True, kw_only=True):
     prompts: tuple[Path, ...] = ()
     seed: int = 0
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: str = "auto"
 
     text_tokens: int = 20_000_000
     rows: int = 1024
@@ -50,12 +52,12 @@ class DistillOptions(msgspec.Struct, frozen=True, kw_only=True):
     intermediate: int = 896
     embed_rank: int | None = 96
     draft_vocab: int | None = 12288
-    weights: Literal["bfloat16", "int8", "float32"] = "bfloat16"
+    weights: Weights = "bfloat16"
 
     train_tokens: int = 200_000_000
     batch_tokens: int = 32_768
-    matrix_lr: float = 0.02
-    other_lr: float = 0.003
+    matrix_lr: float = 0.01
+    other_lr: float = 0.006
     finish_from: float = 0.6
     finish_temperatures: tuple[float, ...] = (1.0, 0.3)
 
@@ -86,6 +88,8 @@ class DistillOptions(msgspec.Struct, frozen=True, kw_only=True):
         _require(0 <= self.finish_from <= 1, "--finish-from is a share, from 0 to 1")
         _require(self.matrix_lr > 0 and self.other_lr > 0, "learning rates must be positive")
         _require(self.init == "pca" or self.init.startswith("layers:"), f"--init {self.init!r}: pca or layers:I,J")
+        _require(self.dtype in ("auto", "float32", "bfloat16"), f"--dtype {self.dtype}: auto, float32 or bfloat16")
+        _require(self.weights in get_args(Weights), f"--weights {self.weights}: {', '.join(get_args(Weights))}")
         for path in self.prompts:
             _require(path.is_file(), f"--prompts {path}: no such file")
 

@@ -122,7 +122,7 @@ def _documents(job: Job) -> Beginnings:
     found = beginnings(
         job.tokenizer, count, options.seed, options.temperatures, prompts, job.model.device
     )
-    job.facts["documents"] = found.kinds
+    (job.work / "documents.json").write_text(json.dumps(found.kinds) + "\n")
     return found
 
 
@@ -134,8 +134,8 @@ def _text(job: Job) -> Text:
     """Writes the waves that are missing."""
     options, waves = job.options, _waves(job.options)
     missing = [i for i in range(waves) if not wave_file(job.work, i).exists()]
-    documents = _documents(job)
     if missing:
+        documents = _documents(job)
         writer = Writer(
             job.model,
             documents,
@@ -154,6 +154,7 @@ def _text(job: Job) -> Text:
                 job.check_time()
         writer.close()
     text = Text(job.work, waves, job.model.device)
+    job.facts["documents"] = json.loads((job.work / "documents.json").read_text())
     job.facts["text_tokens"] = text.tokens.numel()
     job.facts["answer_tokens"] = text.answered()
     return text

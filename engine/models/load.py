@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
+from engine.models.draft import is_draft, load_draft
 from engine.models.references import ModelError, ModelNotFound, UnsafeWeights, first_line, quiet, resolve
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "real_vocab_size",
     "resolve",
     "same_tokenizer",
+    "tokenizer_sha256",
 ]
 
 # What from_pretrained raises for files that are missing, of another kind, or in need of a package.
@@ -78,6 +82,8 @@ def load_model(
     where = resolve(reference)
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    if isinstance(where, Path) and is_draft(where):
+        return load_draft(where, dtype, device)
     attention: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with quiet(progress=True):
         try:
@@ -204,6 +210,16 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> st
     ids_a = a.encode(_PROBE, add_special_tokens=False)
     ids_b = b.encode(_PROBE, add_special_tokens=False)
     return None if ids_a == ids_b else f"the tokenizers encode {_PROBE!r} differently: {ids_a} and {ids_b}"
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The digest of what `same_tokenizer` compares: vocabulary, merges, and how a probe is encoded."""
+    facts = [
+        sorted(_by_id(tokenizer).items()),
+        _merges(tokenizer) if tokenizer.is_fast else [],
+        tokenizer.encode(_PROBE, add_special_tokens=False),
+    ]
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
 
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
