@@ -51,8 +51,10 @@ class Category(msgspec.Struct, frozen=True):
 
 
 class CostReport(msgspec.Struct, frozen=True):
-    """Seconds at batch 1 after `context` tokens; `verify[j]` is a target pass over j + 1 tokens. `ceiling[k - 1]`:
-    the speed-up of a draft that is always right at SL k."""
+    """Seconds at batch 1 after `context` tokens; `verify[j]` is a target pass over j + 1 tokens.
+
+    `ceiling[k - 1]`: the speed-up of a draft that is always right at SL k.
+    """
 
     context: int
     draft: float

@@ -52,7 +52,8 @@ def read_prompts(files: Seq[Path], per_category: int | None = None) -> list[Prom
     """The prompts of `files`, or the built-in held-out ones without any; the first of each category.
 
     A `.jsonl` line is {"category", "prompt"} (a user's message) or {"category", "text"} (raw); a `.txt`
-    line is a user's message. Without a category the file's name is it. Raises PairError, naming file and line.
+    line is a user's message. Without a category the file's name is it. Raises PairError, naming file
+    and line.
     """
     found = [prompt for path in files for prompt in _read(path)] if files else heldout.prompts()
     if per_category is None:

@@ -12,8 +12,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One engine process.
 
-    `target`: a model reference (`engine.models.load`). `draft`: "none", "ngram", "self:N" or a
-    model reference. `policy` and `policy_options` are the default of requests that name none.
+    `target`: a model reference (`engine.models.load`). `draft`: "none", "ngram", "default" (the one
+    that ships for the target), "self:N" or a model reference. `policy` and `policy_options` are the
+    default of requests that name none.
     `kv_blocks` None takes `memory_fraction` of what the models leave; `max_model_len` None is the
     target's own context. `token_budget` bounds the tokens of one target pass, so that a long
     prompt does not hold up the others. `memory_fraction` None: 0.9 on a GPU, 0.25 on a CPU.

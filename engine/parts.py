@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.config import EngineConfig
 from engine.kv.blocks import BlockManager
 from engine.kv.pool import bytes_per_block
-from engine.models import load
+from engine.models import builtin, load
+from engine.models.draft import is_draft, read_config
 from engine.models.packed import PackedWeights
 from engine.models.reference import ReferenceRunner
 from engine.models.runner import Runner
@@ -148,10 +150,27 @@ def _draft_model(
             return load.early_exit(target, int(layers))
         except ValueError as error:
             raise ConfigError(f"draft {name!r}: {error}") from error
-    difference = load.same_tokenizer(load.load_tokenizer(name, config.trust_remote_code), tokenizer)
+    if name == builtin.NAME:
+        try:
+            name = str(builtin.builtin_draft(config.target, tokenizer))
+        except builtin.NoBuiltinDraft as error:
+            raise ConfigError(str(error)) from error
+    where = load.resolve(name)
+    if isinstance(where, Path) and is_draft(where):
+        difference = _other_digest(where, tokenizer)
+    else:
+        difference = load.same_tokenizer(load.load_tokenizer(name, config.trust_remote_code), tokenizer)
     if difference is not None:
         raise ConfigError(f"draft {name!r} does not share the tokenizer of {config.target!r}: {difference}")
     return load.load_model(name, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+
+
+def _other_digest(draft: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """None if the draft, which brings no tokenizer, was made for this one."""
+    made_for, digest = read_config(draft).tokenizer_sha256, load.tokenizer_sha256(tokenizer)
+    if made_for == digest:
+        return None
+    return f"its config names the tokenizer with SHA-256 {made_for or 'of nothing'}, the target's is {digest}"
 
 
 def _count_blocks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import EngineConfig
+from engine.models.builtin import NAME, builtin_draft
 from engine.models.load import ModelError, load_tokenizer, resolve
 from engine.speculation.policy import options_of
 from server.logprobs import fast_tokenizer
@@ -17,9 +18,11 @@ def prepare(config: EngineConfig) -> PreTrainedTokenizerBase:
     target and draft.
     """
     options_of(config.policy, config.policy_options)
-    if config.draft not in ("none", "ngram") and not config.draft.startswith("self:"):
+    if config.draft not in ("none", "ngram", NAME) and not config.draft.startswith("self:"):
         resolve(config.draft)
     tokenizer = load_tokenizer(config.target, config.trust_remote_code)
+    if config.draft == NAME:
+        builtin_draft(config.target, tokenizer)
     try:
         fast_tokenizer(tokenizer)
     except ValueError as error:

@@ -33,7 +33,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DISCO_", extra="forbid", frozen=True)
 
     target: str = Field("smollm2", min_length=1, description="target model: alias, id, directory or .gguf")
-    draft: str | None = Field(None, description="ngram (default), none, self:N or a model reference")
+    draft: str | None = Field(
+        None,
+        description="default (the shipped draft; taken if none is named and the target has one), "
+        "ngram (taken otherwise), none, self:N or a model",
+    )
     policy: str = Field("heuristic", description="stop policy of requests that name none")
     policy_options: dict[str, Any] = Field({}, description="options of that policy, as JSON")
 
@@ -67,9 +71,11 @@ class Settings(BaseSettings):
 
     def engine_config(self) -> EngineConfig:
         """What the engine process needs of these settings."""
+        from engine.models.builtin import default_draft  # brings torch, which flags alone can do without
+
         return EngineConfig(
             target=self.target,
-            draft=self.draft or "ngram",
+            draft=self.draft or default_draft(self.target),
             policy=self.policy,
             policy_options=self.policy_options,
             device=self.device,

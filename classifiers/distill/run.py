@@ -202,6 +202,7 @@ def _steps(job: Job, trainer: Trainer, examiner: Examiner, student: PreTrainedMo
                 _checkpoint(job, trainer)
                 saved = time.monotonic()
             job.check_time()
+    _checkpoint(job, trainer)
 
 
 def _checkpoint(job: Job, trainer: Trainer) -> None:

@@ -10,15 +10,17 @@ scale for each row of a matrix. No tokenizer: the config has the digest of the t
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.references import ModelError, first_line
 
@@ -27,7 +29,7 @@ Weights = Literal["int8", "bfloat16", "float32"]
 _WEIGHTS_FILE = "model.safetensors"
 
 
-class DraftConfig(LlamaConfig):  # type: ignore[misc]
+class DraftConfig(LlamaConfig):
     """Llama's config, and what is reduced. `embed_rank` None: a full embedding; `draft_vocab_size`
     None: a full head; `tokenizer_sha256`: of the tokenizer whose ids it reads and proposes."""
 
@@ -72,6 +74,10 @@ class DraftForCausalLM(LlamaForCausalLM):
     config_class = DraftConfig
 
     def __init__(self, config: DraftConfig) -> None:
+        """Raises ValueError for a reduction of an embedding that is also the head."""
+        reduced = config.embed_rank is not None or config.draft_vocab_size is not None
+        if reduced and config.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings: a reduced embedding or head cannot be shared")
         super().__init__(config)
         if config.embed_rank is not None:
             self.model.embed_tokens = FactoredEmbedding(
@@ -87,15 +93,19 @@ def save_draft(
     weights: Weights = "bfloat16",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Writes a draft. What is a plain model is saved as transformers does, with its tokenizer, unless int8."""
+    """Writes a draft, `model` unchanged. A plain model is saved as transformers does, with its tokenizer.
+
+    Raises ModelError for int8 weights of a plain model.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
     if not isinstance(model, DraftForCausalLM):
-        dtype = torch.float32 if weights == "float32" else torch.bfloat16
         if weights == "int8":
             raise ModelError(f"a draft of type {type(model).__name__} cannot be saved as int8")
-        before = model.dtype
-        model.to(dtype).save_pretrained(directory)
-        model.to(before)
+        plain: nn.Module = copy.deepcopy(model)
+        plain.to(dtype)
+        assert isinstance(plain, PreTrainedModel)
+        plain.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         return
@@ -105,7 +115,7 @@ def save_draft(
         if weights == "int8" and value.is_floating_point() and value.ndim == 2:
             tensors[name], tensors[f"{name}.scale"] = quantize(value)
         elif value.is_floating_point():
-            tensors[name] = value.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
+            tensors[name] = value.to(torch.float32 if weights == "int8" else dtype)
         else:
             tensors[name] = value.to(torch.int32)
     config = {**model.config.to_dict(), "weights": weights, "architectures": [type(model).__name__]}
@@ -132,7 +142,7 @@ def read_config(directory: Path) -> DraftConfig:
     """Raises ModelError."""
     try:
         config = DraftConfig.from_dict(json.loads((directory / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"draft {str(directory)!r}: config.json: {first_line(error)}") from error
     if config.weights not in get_args(Weights):
         known = ", ".join(get_args(Weights))
@@ -144,33 +154,46 @@ def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Pre
     """The draft on `device`, in eval mode, without gradients. Raises ModelError."""
     config = read_config(directory)
     try:
+        model = DraftForCausalLM(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # a shape that cannot be
+        raise ModelError(f"draft {str(directory)!r}: config.json: {first_line(error)}") from error
+    try:
         stored = load_file(directory / _WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"draft {str(directory)!r}: {_WEIGHTS_FILE}: {first_line(error)}") from error
-    model = DraftForCausalLM(config)
-    state = {}
-    for name, wanted in model.state_dict().items():
-        if name not in stored or stored[name].shape != wanted.shape:
-            got = f"has shape {tuple(stored[name].shape)}" if name in stored else "is missing"
-            raise ModelError(f"draft {str(directory)!r}: {name} {got}, not {tuple(wanted.shape)}")
-        value = stored[name]
-        if value.dtype == torch.int8:
-            scale = stored.get(f"{name}.scale")
-            if scale is None or scale.shape != value.shape[:1]:
-                raise ModelError(f"draft {str(directory)!r}: {name} has no scale for each row")
-            value = value.float() * scale[:, None]
-        state[name] = value.to(wanted.dtype)
-    model.load_state_dict(state)
-    if isinstance(model.lm_head, ReducedHead):
-        _check_ids(directory, model.lm_head.ids, config.vocab_size)  # type: ignore[arg-type]
-    if (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    loaded: PreTrainedModel = model.to(dtype=dtype, device=device)
-    loaded.requires_grad_(False)
-    loaded.eval()
-    return loaded
+    wanted = model.state_dict()
+    try:
+        model.load_state_dict({name: _take(stored, name, like) for name, like in wanted.items()})
+        if stored:
+            raise ValueError(f"{min(stored)} belongs to no part of it")
+        if isinstance(model.lm_head, ReducedHead):
+            _check_ids(wanted["lm_head.ids"], config.vocab_size)
+    except ValueError as error:
+        raise ModelError(f"draft {str(directory)!r}: {error}") from error
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.to(dtype)
+    nn.Module.to(model, device=device)
+    model.requires_grad_(False)
+    model.train(False)
+    return model
 
 
-def _check_ids(directory: Path, ids: Tensor, vocab: int) -> None:
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(ids.unique()) < len(ids):
-        raise ModelError(f"draft {str(directory)!r}: the head's ids are not different ones below {vocab}")
+def _take(stored: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """Takes a tensor out of the file's, with its scale, as one of `like`'s shape and dtype."""
+    value = stored.pop(name, None)
+    if value is None or value.shape != like.shape:
+        got = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+        raise ValueError(f"{name} {got}, wanted is {tuple(like.shape)}")
+    if like.is_floating_point() and value.dtype == torch.int8:
+        scale = stored.pop(f"{name}.scale", None)
+        if scale is None or scale.shape != value.shape[:1]:
+            raise ValueError(f"{name} is int8 and has no scale for each row")
+        return value.to(scale.dtype) * scale[:, None]
+    if value.is_floating_point() != like.is_floating_point():
+        raise ValueError(f"{name} is {str(value.dtype).removeprefix('torch.')}")
+    return value.to(like.dtype)
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(set(ids.tolist())) < len(ids):
+        raise ValueError(f"lm_head.ids are not different ids below {vocab}")

@@ -153,7 +153,8 @@ class ReferenceRunner:
         known = expected > float("-inf")  # a head over a reduced vocabulary says -inf elsewhere
         exact = self.dtype in (torch.float32, torch.float64)
         tolerance = (1e-3 if exact else 0.1) * expected[known].abs().max().clamp(min=1)
-        worst = torch.where(known, got - expected, torch.where(got == expected, 0.0, float("inf"))).abs().max()
+        off = torch.where(known, got - expected, torch.where(got == expected, 0.0, float("inf")))
+        worst = off.abs().max()
         self._pool = None
         if not bool(worst <= tolerance):
             raise UnsupportedModel(

@@ -221,7 +221,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "per category": ({"per_category": 0}, "--per-category"),
     "threads": ({"threads": 0}, "--threads"),
     "seed": ({"seed": -1}, "--seed"),
-    "no file": ({"prompts": (Path("nowhere.txt"),)}, "nowhere.txt: no such file"),
+    "no file": ({"prompts": Path("nowhere.txt")}, "nowhere.txt: no such file"),
     "json": ({"json": Path("nowhere/report.json")}, "no such directory"),
     "ngram": ({"draft": "ngram"}, "--draft ngram: a draft model"),
     "none": ({"draft": "none"}, "--draft none: a draft model"),
@@ -287,7 +287,7 @@ def test_chunks_do_not_change_a_score() -> None:
     assert torch.equal(whole.overlap, parts.overlap)
     assert bool(score(text, lambda _: [p], lambda _: [p], noise).accept["coupled"].all())
     with pytest.raises(ValueError, match="zip"):
-        score(text, lambda _: [p], lambda _: q.split(3), noise)
+        score(text, lambda _: p.split(5)[:1], lambda _: q.split(5), noise)
 
 
 def test_nan_of_the_draft_is_an_error() -> None:

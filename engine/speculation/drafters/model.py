@@ -68,8 +68,13 @@ class ModelDrafter:
         while alive:
             step += 1
             logits = self._forward([self._chunk(rows[i], drafts[i]) for i in alive])
-            tokens = self._choose(logits, [rows[i] for i in alive], [drafts[i] for i in alive])
-            if needs:
+            tokens, able = self._choose(logits, [rows[i] for i in alive], [drafts[i] for i in alive])
+            if not all(able):
+                for i in (i for i, can in zip(alive, able, strict=True) if not can):
+                    drafts[i].stop_reason = "drafter"
+                alive = [i for i in alive if drafts[i].stop_reason is None]
+                logits, tokens = logits[able], tokens[able]
+            if needs and alive:
                 at = torch.tensor(alive, device=joint.device)
                 found = self._signals(step, logits, tokens, [rows[i] for i in alive], joint, at, needs)
                 keep = table.keep_drafting([rows[i] for i in alive], found)
@@ -90,27 +95,35 @@ class ModelDrafter:
         row.draft_kv_len = start + len(tokens)
         return Chunk(tokens, start, row.blocks)
 
-    def _choose(self, logits: Tensor, rows: list[Sequence], drafts: list[RowDraft]) -> Tensor:
-        """Appends the next token to every draft; int64[B]. Keeps q where rejection sampling needs it."""
+    def _choose(
+        self, logits: Tensor, rows: list[Sequence], drafts: list[RowDraft]
+    ) -> tuple[Tensor, list[bool]]:
+        """Appends the next token to every draft that can have one; int64[B], and which can.
+
+        A draft cannot where its law is none: a head over a reduced vocabulary of which the request
+        forbids every token, or NaN. Keeps q where rejection sampling needs it.
+        """
         scaled = scaled_logits(
             logits, [Place(r, d.tokens) for r, d in zip(rows, drafts, strict=True)], self._eos_ids
         )
         noisy = [i for i, row in enumerate(rows) if row.coupled and row.params.temperature > 0]
-        sampled = [i for i, row in enumerate(rows) if not row.coupled]
         if noisy:
             positions = [len(rows[i].tokens) + len(drafts[i].tokens) for i in noisy]
             noise = self._noise([rows[i].seed for i in noisy], positions)
             scaled = scaled.to(torch.float64)
             scaled[noisy] += noise
-        tokens = scaled.argmax(-1)
+        best, tokens = scaled.max(-1)
+        able: list[bool] = best.isfinite().tolist()
+        sampled = [i for i, row in enumerate(rows) if able[i] and not row.coupled]
         if sampled:
             laws = scaled[sampled].softmax(-1)
             tokens[sampled] = self._random.categorical(laws, [rows[i] for i in sampled])
             for i, law in zip(sampled, laws, strict=True):
                 drafts[i].laws.append(law)
-        for draft, token in zip(drafts, tokens.tolist(), strict=True):
-            draft.tokens.append(token)
-        return tokens
+        for draft, token, can in zip(drafts, tokens.tolist(), able, strict=True):
+            if can:
+                draft.tokens.append(token)
+        return tokens, able
 
     def _signals(
         self,
