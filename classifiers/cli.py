@@ -16,23 +16,33 @@ from classifiers.distill.options import DistillOptions
 _DEFAULT = DistillOptions(target="", out=Path())
 
 
+def _listed(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
 def distill_draft(
     target: Annotated[str, typer.Option(help="The model to make a draft for.")],
-    out: Annotated[Path, typer.Option(help="Directory of the draft; a killed run goes on from what is there.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the draft; a killed run goes on from what is there.")
+    ],
     prompts: Annotated[
         list[Path] | None,
-        typer.Option(help="User messages for half of the text: one a line, or .jsonl with 'prompt'. Repeatable."),
+        typer.Option(
+            help="User messages for half of the text: one a line, or .jsonl with 'prompt'. Repeatable."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same draft.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")] = "auto",
-    text_tokens: Annotated[int, typer.Option(help="Tokens of the target's text to make.")] = _DEFAULT.text_tokens,
+    text_tokens: Annotated[
+        int, typer.Option(help="Tokens of the target's text to make.")
+    ] = _DEFAULT.text_tokens,
     rows: Annotated[int, typer.Option(help="Documents written at once.")] = _DEFAULT.rows,
     length: Annotated[int, typer.Option(help="Tokens of a row of documents.")] = _DEFAULT.length,
     answer_tokens: Annotated[int, typer.Option(help="The longest answer.")] = _DEFAULT.answer_tokens,
-    temperatures: Annotated[
-        str, typer.Option(help="Drawn from for each document; 0 is greedy.")
-    ] = ",".join(f"{t:g}" for t in _DEFAULT.temperatures),
+    temperatures: Annotated[str, typer.Option(help="Drawn from for each document; 0 is greedy.")] = _listed(
+        _DEFAULT.temperatures
+    ),
     init: Annotated[
         str, typer.Option(help="pca, or layers:I,J,...: copies of these layers of the target.")
     ] = _DEFAULT.init,
@@ -50,18 +60,26 @@ def distill_draft(
     weights: Annotated[str, typer.Option(help="As saved: bfloat16, int8 or float32.")] = _DEFAULT.weights,
     train_tokens: Annotated[int, typer.Option(help="Token passes of training.")] = _DEFAULT.train_tokens,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = _DEFAULT.batch_tokens,
-    matrix_lr: Annotated[float, typer.Option(help="Learning rate of the layers' matrices (Muon).")] = _DEFAULT.matrix_lr,
+    matrix_lr: Annotated[
+        float, typer.Option(help="Learning rate of the layers' matrices (Muon).")
+    ] = _DEFAULT.matrix_lr,
     other_lr: Annotated[float, typer.Option(help="Learning rate of the rest (AdamW).")] = _DEFAULT.other_lr,
     finish_from: Annotated[
         float, typer.Option(help="Share of the steps after which total variation is trained on.")
     ] = _DEFAULT.finish_from,
     finish_temperatures: Annotated[
         str, typer.Option(help="At which laws are compared then; low ones are what greedy requests see.")
-    ] = ",".join(f"{t:g}" for t in _DEFAULT.finish_temperatures),
-    eval_per_category: Annotated[int | None, typer.Option(help="Held-out prompts of a category; default: all.")] = None,
+    ] = _listed(_DEFAULT.finish_temperatures),
+    eval_per_category: Annotated[
+        int | None, typer.Option(help="Held-out prompts of a category; default: all.")
+    ] = None,
     eval_tokens: Annotated[int, typer.Option(help="Tokens of a held-out answer.")] = _DEFAULT.eval_tokens,
-    eval_every: Annotated[int, typer.Option(help="Steps between looks at the held-out prompts.")] = _DEFAULT.eval_every,
-    checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.")] = _DEFAULT.checkpoint_minutes,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between looks at the held-out prompts.")
+    ] = _DEFAULT.eval_every,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Between checkpoints.")
+    ] = _DEFAULT.checkpoint_minutes,
     stop_after_minutes: Annotated[
         float | None, typer.Option(help="Stop then, to go on with the same command later (exit code 3).")
     ] = None,
@@ -120,10 +138,10 @@ def _one_line_errors() -> Iterator[None]:
 
     try:
         yield
-    except ValueError as error:
-        _fail(str(error), 2)
     except (CannotLoad, RequestFailed, OSError) as error:
         _fail(str(error), 1)
+    except ValueError as error:
+        _fail(str(error), 2)
 
 
 def _fail(message: str, code: int) -> NoReturn:

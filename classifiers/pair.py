@@ -167,7 +167,7 @@ def _config(options: PairOptions, prompts: Seq[Encoded]) -> EngineConfig:
 def _draft_runner(parts: Parts) -> Runner:
     drafter = parts.drafters["model"]
     assert isinstance(drafter, ModelDrafter)
-    return drafter._runner
+    return drafter.runner
 
 
 def _repeat(ids: Seq[int], count: int) -> list[int]:

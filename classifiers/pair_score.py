@@ -153,10 +153,12 @@ def measure_costs(
     for number in range(ROUNDS):
         # A chain, since a small draft's weights stay in the caches from one step to the next.
         chain = sum(clocks[1].forward(context + step, 1) for step in range(sl)) / sl
-        verify = [clocks[0].forward(context, count) for count in range(1, sl + 2)]
         if number >= _WARM_UP:
             drafts.append(chain)
-            for times, one in zip(passes, verify, strict=True):
-                times.append(one)
+        for turn in range(sl + 1):  # in turn, each length is the one that finds the draft in the caches
+            more = (number + turn) % (sl + 1)
+            seconds = clocks[0].forward(context, more + 1)
+            if number >= _WARM_UP:
+                passes[more].append(seconds)
         on_round()
     return Costs(statistics.median(drafts), tuple(map(statistics.median, passes)))

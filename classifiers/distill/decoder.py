@@ -87,7 +87,9 @@ class LockstepDecoder:
         """[B, heads, 1, D] over the cache -> [B, 1, heads, D]."""
         odd = sorted(name for name, given in rest.items() if given is not None and name not in _IGNORED)
         if odd or mask is None:
-            raise DistillError(f"{type(self.model).__name__} asks its attention for {', '.join(odd) or 'no mask'}")
+            raise DistillError(
+                f"{type(self.model).__name__} asks its attention for {', '.join(odd) or 'no mask'}"
+            )
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layer not in self._cache:
             self._cache[layer] = self._empty(key), self._empty(value)

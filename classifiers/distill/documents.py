@@ -86,7 +86,8 @@ def beginnings(
     opens: list[bool] = []
     kinds: dict[str, int] = {}
     for opening in openings(seed, count):
-        kind, text = opening.kind, opening.text
+        kind: str = opening.kind
+        text = opening.text
         if prompts and rng.random() < 0.5:
             kind, text = "prompt file", rng.choice(prompts)
         elif kind != "text" and rng.random() < ALONE:
@@ -122,4 +123,5 @@ def beginnings(
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether plain text gets a beginning token (chat templates write their own)."""
-    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    return first == [tokenizer.bos_token_id]

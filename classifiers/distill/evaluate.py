@@ -50,7 +50,9 @@ class Examiner:
         length = max(map(len, ids)) + options.eval_tokens
         context = int(model.config.get_text_config().max_position_embeddings)
         if length > context:
-            raise DistillError(f"held-out prompts and --eval-tokens need {length} tokens, the target has {context}")
+            raise DistillError(
+                f"held-out prompts and --eval-tokens need {length} tokens, the target has {context}"
+            )
         self._waves = {
             temperature: self._write(ids, temperature, length, options.eval_tokens, eos_ids)
             for temperature in (0.0, 1.0)
@@ -105,7 +107,7 @@ class Examiner:
         return marks
 
     def _per_row(self, student: PreTrainedModel, temperature: float) -> list[Tensor]:
-        """For each prompt float32[T] on the CPU: whether the choice matches (0), or 1 - TV (temperature 1)."""
+        """float32[T] for each prompt: whether the choice matches at temperature 0, 1 - TV at temperature 1."""
         wave, device = self._waves[temperature], self._model.device
         found: list[Tensor] = []
         for start in range(0, len(wave.tokens), _ROWS):

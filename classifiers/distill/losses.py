@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def kl(target: Tensor, draft: Tensor) -> Tensor:
-    """float32[N]: sum of p log(p / q) in nats over the draft's V' ids, of `target` [N, V] and `draft` [N, V'].
+    """float32[N]: sum of p log(p / q) over the draft's V' ids, nats; `target` [N, V], `draft` [N, V'].
 
     The first V' target ids are the draft's. What p gives to the others no draft can match: it is
     left out, or KL would be infinite.

@@ -10,6 +10,12 @@ import msgspec
 Weights = Literal["int8", "bfloat16", "float32"]
 
 
+_COUNTS = (
+    *("text_tokens", "rows", "length", "answer_tokens", "hidden", "layers", "heads", "kv_heads"),
+    *("intermediate", "train_tokens", "batch_tokens", "eval_tokens", "eval_every"),
+)
+
+
 class DistillError(ValueError):
     """Something that the command was given cannot work; the message says what."""
 
@@ -69,9 +75,7 @@ class DistillOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raises DistillError, naming the first option that cannot work."""
-        counts = ("text_tokens", "rows", "length", "answer_tokens", "hidden", "layers", "heads", "kv_heads")
-        counts += ("intermediate", "train_tokens", "batch_tokens", "eval_tokens", "eval_every")
-        for name in counts:
+        for name in _COUNTS:
             _require(getattr(self, name) >= 1, f"{flag(name)} must be at least 1")
         for name in ("embed_rank", "draft_vocab", "eval_per_category"):
             value = getattr(self, name)
@@ -87,9 +91,20 @@ class DistillOptions(msgspec.Struct, frozen=True, kw_only=True):
         _require(all(0 < t <= 2 for t in self.finish_temperatures), "--finish-temperatures: over 0, up to 2")
         _require(0 <= self.finish_from <= 1, "--finish-from is a share, from 0 to 1")
         _require(self.matrix_lr > 0 and self.other_lr > 0, "learning rates must be positive")
-        _require(self.init == "pca" or self.init.startswith("layers:"), f"--init {self.init!r}: pca or layers:I,J")
-        _require(self.dtype in ("auto", "float32", "bfloat16"), f"--dtype {self.dtype}: auto, float32 or bfloat16")
-        _require(self.weights in get_args(Weights), f"--weights {self.weights}: {', '.join(get_args(Weights))}")
+        _require(
+            self.init == "pca" or self.init.startswith("layers:"), f"--init {self.init!r}: pca or layers:I,J"
+        )
+        _require(
+            self.dtype in ("auto", "float32", "bfloat16"), f"--dtype {self.dtype}: auto, float32 or bfloat16"
+        )
+        _require(
+            self.weights in get_args(Weights), f"--weights {self.weights}: {', '.join(get_args(Weights))}"
+        )
+        plain = self.layer_numbers() is not None or (self.embed_rank is None and self.draft_vocab is None)
+        _require(
+            not (plain and self.weights == "int8"),
+            "--weights int8 needs --embed-rank or --draft-vocab: a plain Llama is saved as others read it",
+        )
         for path in self.prompts:
             _require(path.is_file(), f"--prompts {path}: no such file")
 

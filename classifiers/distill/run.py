@@ -119,9 +119,7 @@ def _documents(job: Job) -> Beginnings:
     per_wave = documents_per_wave(options.rows, options.length)
     prompts = read_prompts(options.prompts)
     count = per_wave * _waves(options)
-    found = beginnings(
-        job.tokenizer, count, options.seed, options.temperatures, prompts, job.model.device
-    )
+    found = beginnings(job.tokenizer, count, options.seed, options.temperatures, prompts, job.model.device)
     (job.work / "documents.json").write_text(json.dumps(found.kinds) + "\n")
     return found
 
@@ -149,7 +147,9 @@ def _text(job: Job) -> Text:
             began = time.monotonic()
             for number in missing:
                 save_wave(job.work, number, writer.write(number, options.seed, advance))
-                rate = options.rows * options.length * (missing.index(number) + 1) / (time.monotonic() - began)
+                rate = (
+                    options.rows * options.length * (missing.index(number) + 1) / (time.monotonic() - began)
+                )
                 job.say(f"text {number + 1}/{waves}, {rate:,.0f} tokens/s")
                 job.check_time()
         writer.close()
@@ -173,8 +173,8 @@ def _train(job: Job, text: Text) -> tuple[PreTrainedModel, Marks]:
     trainer = Trainer(options, student, teacher, text)
     _resume(job, trainer)
     job.say(
-        f"draft of {parameters(student):,} parameters; {trainer.steps} steps of {trainer.tokens_per_step} tokens; "
-        f"target's states {'kept' if teacher.keeps else 'made at every step'}"
+        f"draft of {parameters(student):,} parameters; {trainer.steps} steps of {trainer.tokens_per_step} "
+        f"tokens; target's states {'kept' if teacher.keeps else 'made at every step'}"
     )
     _steps(job, trainer, examiner, student)
     marks = examiner.examine(student)
@@ -195,7 +195,9 @@ def _steps(job: Job, trainer: Trainer, examiner: Examiner, student: PreTrainedMo
             if trainer.step % options.eval_every == 0:
                 loss = float(torch.stack(losses).mean())
                 rate = (trainer.step - first) * trainer.tokens_per_step / (time.monotonic() - began)
-                job.say(f"{line(trainer.step, examiner.examine(student))}; loss {loss:.4f}; {rate:,.0f} tokens/s")
+                job.say(
+                    f"{line(trainer.step, examiner.examine(student))}; loss {loss:.4f}; {rate:,.0f} tokens/s"
+                )
                 losses.clear()
             over = job.deadline is not None and time.monotonic() > job.deadline
             if over or time.monotonic() - saved >= 60 * options.checkpoint_minutes:

@@ -28,7 +28,9 @@ def new_student(
         if numbers is None
         else _of_layers(target, numbers)
     )
-    return student.to(target.device, torch.float32)
+    moved: nn.Module = student
+    moved.to(device=target.device, dtype=torch.float32)
+    return student
 
 
 def _fresh(
@@ -66,25 +68,39 @@ def _fresh(
 @torch.no_grad()
 def _begin_embeddings(student: PreTrainedModel, target: PreTrainedModel, head_ids: Tensor | None) -> None:
     """Embedding and head from the target's principal components: its geometry at a smaller width."""
-    embedding = target.get_input_embeddings().weight.float()
-    head = target.get_output_embeddings().weight.float()
-    student = student.to(embedding.device)
+    embedding = _weight(target.get_input_embeddings())
+    head = _weight(target.get_output_embeddings())
+    moved: nn.Module = student
+    moved.to(embedding.device)
     own = student.model.embed_tokens
     if isinstance(own, FactoredEmbedding):
         rank, width = own.tokens.weight.shape[1], own.project.weight.shape[0]
         own.tokens.weight.copy_(_scaled(components(embedding, rank), _EMBEDDING_STD))
         nn.init.orthogonal_(own.project.weight, gain=(width / rank) ** 0.5 if width < rank else 1.0)
     else:
+        assert isinstance(own, nn.Embedding)
         own.weight.copy_(_scaled(components(embedding, own.weight.shape[1]), _EMBEDDING_STD))
     if student.config.tie_word_embeddings:
         return
-    out = student.lm_head
-    linear = out.linear if isinstance(out, ReducedHead) else out
-    if isinstance(out, ReducedHead):
-        assert head_ids is not None
-        out.ids.copy_(head_ids)
+    linear = head_linear(student)
+    if isinstance(student.lm_head, ReducedHead):
+        assert head_ids is not None and isinstance(student.lm_head.ids, Tensor)
+        student.lm_head.ids.copy_(head_ids)
         head = head[head_ids.to(head.device)]
     linear.weight.copy_(_scaled(components(head, linear.weight.shape[1]), _HEAD_STD))
+
+
+def head_linear(student: PreTrainedModel) -> nn.Linear:
+    """The head's linear layer, over the tokens that it knows."""
+    out = student.lm_head
+    linear = out.linear if isinstance(out, ReducedHead) else out
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.float()
 
 
 def components(matrix: Tensor, rank: int) -> Tensor:
@@ -122,7 +138,9 @@ def _of_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> PreTrainedM
             state[f"{match[1]}{place[int(match[2])]}{match[3]}"] = tensor
     missing = [name for name in student.load_state_dict(state, strict=False).missing_keys]
     if missing:
-        raise DistillError(f"--init layers: {type(target).__name__} keeps its layers elsewhere ({missing[0]})")
+        raise DistillError(
+            f"--init layers: {type(target).__name__} keeps its layers elsewhere ({missing[0]})"
+        )
     student.generation_config = copy.deepcopy(target.generation_config)
     return student
 

@@ -73,7 +73,9 @@ def _check_head(model: PreTrainedModel) -> None:
     whole = model(input_ids=ids, use_cache=False).logits.float()
     parts = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(whole, parts.float(), rtol=1e-2, atol=1e-2):
-        raise DistillError(f"{type(model).__name__} changes its logits after the head; it cannot teach a draft")
+        raise DistillError(
+            f"{type(model).__name__} changes its logits after the head; it cannot teach a draft"
+        )
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from classifiers.distill.generate import SAMPLED
 from classifiers.distill.losses import finish_loss, kl_loss
 from classifiers.distill.options import DistillOptions
+from classifiers.distill.student import head_linear
 from classifiers.distill.teacher import Teacher, hidden_states
-from classifiers.distill.text import SAMPLED, Text, layout
-from engine.models.draft import ReducedHead
+from classifiers.distill.text import Text, layout
 
 _CHUNK = 8192  # positions whose laws are held at once
 _WARM_UP = 0.02  # of the steps
@@ -25,15 +26,17 @@ _DECAY_FROM = 0.4  # of the steps: the learning rates fall linearly to 0 from he
 class Trainer:
     """One step at a time; `state` and `restore` carry a run over a kill."""
 
-    def __init__(self, options: DistillOptions, student: PreTrainedModel, teacher: Teacher, text: Text) -> None:
+    def __init__(
+        self, options: DistillOptions, student: PreTrainedModel, teacher: Teacher, text: Text
+    ) -> None:
         self._options, self._student, self._teacher, self._text = options, student, teacher, text
         self._rows = max(1, options.batch_tokens // text.tokens.shape[1])
         self.tokens_per_step = self._rows * text.tokens.shape[1]
         self.steps = max(1, options.train_tokens // self.tokens_per_step)
         self.step = 0
-        inner = {id(p) for p in student.base_model.layers.parameters() if p.ndim == 2}
-        matrices = [p for p in student.parameters() if id(p) in inner]
-        others = [p for p in student.parameters() if id(p) not in inner]
+        named = list(student.named_parameters())
+        matrices = [each for name, each in named if ".layers." in name and each.ndim == 2]
+        others = [each for name, each in named if not (".layers." in name and each.ndim == 2)]
         muon = torch.optim.Muon(matrices, lr=options.matrix_lr, weight_decay=0.01)
         fused = student.device.type == "cuda"
         adam = torch.optim.AdamW(
@@ -44,7 +47,10 @@ class Trainer:
         on_gpu, finish = student.device.type == "cuda", options.finish_temperatures
         self._compile: Any = torch.compile if on_gpu else lambda function: function
         self._hidden = self._compile(hidden_states)
-        self._loss = {False: self._compile(self._chunk_loss(())), True: self._compile(self._chunk_loss(finish))}
+        self._loss = {
+            False: self._compile(self._chunk_loss(())),
+            True: self._compile(self._chunk_loss(finish)),
+        }
         self._autocast: Any = (
             functools.partial(torch.autocast, "cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext
         )
@@ -67,14 +73,15 @@ class Trainer:
         total = torch.zeros((), device=leaf.device)
         function = self._loss[self.finishing]
         size = min(_CHUNK, self.tokens_per_step)
-        for chunk in at.split(size):
+        for chunk in torch.split(at, size):
             weights = F.pad(torch.ones(len(chunk), device=leaf.device), (0, size - len(chunk)))
             padded = F.pad(chunk, (0, size - len(chunk)))  # one shape for the compiler
             with self._autocast():
                 loss = function(leaf[padded], taught[padded], weights) / max(1, len(at))
             loss.backward()
             total += loss.detach()
-        hidden.backward(leaf.grad.view_as(hidden))
+        if leaf.grad is not None:  # None: no answer in these rows
+            hidden.backward(leaf.grad.view_as(hidden))
         torch.nn.utils.clip_grad_norm_(self._student.parameters(), 1.0)
         for optimizer, base in zip(self._optimizers, self._bases, strict=True):
             for group in optimizer.param_groups:
@@ -91,9 +98,7 @@ class Trainer:
 
     def _chunk_loss(self, temperatures: tuple[float, ...]) -> Any:
         """The loss of a chunk of positions: KL, or the finish's at these temperatures."""
-        out = self._student.lm_head
-        linear = out.linear if isinstance(out, ReducedHead) else out
-        teacher = self._teacher
+        linear, teacher = head_linear(self._student), self._teacher
 
         def loss(hidden: Tensor, taught: Tensor, weights: Tensor) -> Tensor:
             target = F.linear(taught, teacher.weight, teacher.bias)

@@ -127,7 +127,7 @@ def attend(
 def attend_dense(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
 ) -> Tensor:
-    """q [B, H, Q, D] over k and v [B, H, C, D]; with `softcap` c, scores are c * tanh(score / c) (Gemma 2)."""
+    """q [B, H, Q, D] over k, v [B, H, C, D]; with `softcap` c, scores are c * tanh(score / c) (Gemma 2)."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     scores = torch.tanh((q @ k.transpose(-1, -2)) * scaling / softcap) * softcap

@@ -7,6 +7,8 @@ differs in rounding only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import torch
 from torch import Tensor, nn
 
@@ -31,20 +33,36 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 
 
-PackedWeights = dict[int, tuple[Tensor, Tensor]]
-"""Weight and packed weight by address. Holding the weight keeps its address from being used again."""
+PackedWeights = dict[tuple[int, ...], tuple[list[Tensor], Tensor]]
+"""Weights and their packed form by address. Held weights keep their addresses from being used again."""
+
+
+def packable(module: nn.Module) -> bool:
+    """Whether it is a plain fp32 linear layer on the CPU."""
+    return type(module) is nn.Linear and module.weight.dtype == torch.float32 and not module.weight.is_cuda
+
+
+def packed_linear(linears: Seq[nn.Linear], packed: PackedWeights) -> PackedLinear:
+    """Layers of one input as one, their outputs side by side. Models that share weights pass one `packed`."""
+    weights = [linear.weight.detach() for linear in linears]
+    key = tuple(weight.data_ptr() for weight in weights)
+    if key not in packed:
+        whole = torch.cat(weights).contiguous()
+        packed[key] = weights, torch.ops.mkldnn._reorder_linear_weight(whole, ROWS_HINT)
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        biases = [
+            w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in zip(linears, weights, strict=True)
+        ]
+        bias = torch.cat(tuple(biases)).detach()
+    out_features = sum(linear.out_features for linear in linears)
+    return PackedLinear(packed[key][1], bias, linears[0].in_features, out_features)
 
 
 def pack_linears(model: nn.Module, packed: PackedWeights) -> None:
-    """Replaces every fp32 nn.Linear on the CPU in place. Models that share weights pass one `packed`."""
+    """Replaces every fp32 nn.Linear on the CPU in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child.weight.dtype != torch.float32 or child.weight.is_cuda:
-                continue
-            weight = child.weight.detach()
-            if weight.data_ptr() not in packed:
-                reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-                packed[weight.data_ptr()] = (weight, reordered)
-            bias = None if child.bias is None else child.bias.detach()
-            linear = PackedLinear(packed[weight.data_ptr()][1], bias, child.in_features, child.out_features)
-            setattr(parent, name, linear)
+            if packable(child):
+                assert isinstance(child, nn.Linear)
+                setattr(parent, name, packed_linear([child], packed))

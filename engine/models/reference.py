@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from engine.kv.pool import KVPool, LayerShape
 from engine.models import attention
 from engine.models.packed import PackedWeights, can_pack, pack_linears
+from engine.models.packed_llama import pack_llama_layers
 from engine.models.runner import Batch, Chunk
 from engine.types import CannotLoad
 
@@ -63,11 +64,12 @@ class ReferenceRunner:
         _refuse_batch_dependence(model)
         expected = _own_logits(model)
         model.config._attn_implementation = attention.NAME
+        if packed is not None and can_pack():
+            pack_llama_layers(model, packed)
+            pack_linears(model, packed)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.__dict__["paged"] = self._attend
-        if packed is not None and can_pack():
-            pack_linears(model, packed)
         self._probe()
         self._check(expected)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def cut_documents(wave: Wave) -> list[tuple[list[int], list[int]]]:
     for tokens, flags in zip(wave.tokens.tolist(), wave.flags.tolist(), strict=True):
         starts = [i for i, flag in enumerate(flags) if flag & FRESH] + [len(tokens)]
         assert starts[0] == 0
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in itertools.pairwise(starts):
             found.append((tokens[a:b], [flag & SAMPLED for flag in flags[a:b]]))
     return found
 
@@ -164,7 +165,7 @@ def test_text_counts_its_answers_and_takes_every_row_once(tmp_path: Path) -> Non
     assert text.frequent(2, 10, (2,)).tolist() == [2, 5]  # 5 twice in each; 2 always
     assert text.covered(torch.tensor([5, 6]), 10) == pytest.approx(4 / 6)
     batches = [text.batch(step, 2, 0).tolist() for step in range(2)]
-    assert sorted(sum(batches, [])) == [0, 1, 2, 3]
+    assert sorted(row for batch in batches for row in batch) == [0, 1, 2, 3]
     assert batches == [text.batch(step, 2, 0).tolist() for step in range(2)]
 
 

@@ -105,7 +105,9 @@ def test_components_keep_the_geometry() -> None:
     assert bool((components(matrix, 20)[:, 12:] == 0).all())
 
 
-def test_all_layers_of_the_target_are_the_target(model: PreTrainedModel, tiny_llama: Path, tmp_path: Path) -> None:
+def test_all_layers_of_the_target_are_the_target(
+    model: PreTrainedModel, tiny_llama: Path, tmp_path: Path
+) -> None:
     student = new_student(options(tiny_llama, tmp_path, init="layers:0,1,2,3"), model, "", None)
     ids = torch.arange(9)[None]
     assert torch.equal(student(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -195,7 +197,9 @@ def test_other_options_in_the_same_directory_are_refused(tiny_llama: Path, tmp_p
         ({"prompts": (Path("nowhere.txt"),)}, "nowhere.txt"),
     ],
 )
-def test_bad_options_are_named(tiny_llama: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_bad_options_are_named(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DistillError, match=message):
         options(tiny_llama, tmp_path, **changes).check()
 
@@ -206,7 +210,9 @@ def test_a_killed_command_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
     exam += "e.prompts = lambda n: [h.Prompt('code', 'def f(x):', chat=False)]\n"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     flags += [f"--target={tiny_llama}", f"--out={tmp_path}", "--checkpoint-minutes=0", "--train-tokens=40000"]
-    start = f"import sys\n{exam}from server.cli import main\nsys.argv[1:] = {['distill-draft', *flags]!r}\nmain()"
+    start = (
+        f"import sys\n{exam}from server.cli import main\nsys.argv[1:] = {['distill-draft', *flags]!r}\nmain()"
+    )
     process = subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "work" / "checkpoint.safetensors"
     deadline = time.monotonic() + 120

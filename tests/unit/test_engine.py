@@ -530,7 +530,7 @@ def test_no_lookahead_never_runs_the_draft(monkeypatch: pytest.MonkeyPatch):
     def refuse(batch: Any) -> Any:
         raise AssertionError("the draft ran")
 
-    monkeypatch.setattr(engine._parts.drafters["model"]._runner, "forward", refuse)  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine._parts.drafters["model"].runner, "forward", refuse)  # type: ignore[attr-defined]
     none, ngram = SpeculationParams(drafter="none"), static(4, "ngram")
     capped = SpeculationParams(policy="heuristic", max_sl=0)
     requests = [

@@ -36,13 +36,13 @@ class ModelDrafter:
         noise: GumbelNoise,
         random: RandomSource,
     ) -> None:
-        self._runner, self._blocks, self._vocab, self._eos_ids = runner, blocks, vocab, eos_ids
+        self.runner, self._blocks, self._vocab, self._eos_ids = runner, blocks, vocab, eos_ids
         self._noise, self._random = noise, random
 
     def room(self, seq: Sequence) -> int:
         if self._lags(seq):
             return 0
-        return max(0, self._runner.context - len(seq.tokens) + 1)
+        return max(0, self.runner.context - len(seq.tokens) + 1)
 
     def _lags(self, seq: Sequence) -> bool:
         return len(seq.tokens) - seq.draft_kv_len > SMALL_LAG
@@ -51,7 +51,7 @@ class ModelDrafter:
         chunks = []
         for row in rows:
             take = min(len(row.tokens) - 1 - row.draft_kv_len, budget)
-            if self._lags(row) and len(row.tokens) <= self._runner.context and take > 0:
+            if self._lags(row) and len(row.tokens) <= self.runner.context and take > 0:
                 start = row.draft_kv_len
                 row.draft_kv_len += take
                 chunks.append(Chunk(row.tokens[start : row.draft_kv_len], start, row.blocks, 0))
@@ -62,7 +62,7 @@ class ModelDrafter:
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
         drafts = [RowDraft() for _ in rows]
         needs = table.needs(rows)
-        joint = torch.ones(len(rows), dtype=torch.float32, device=self._runner.device)
+        joint = torch.ones(len(rows), dtype=torch.float32, device=self.runner.device)
         alive = list(range(len(rows)))
         step = 0
         while alive:
@@ -85,8 +85,8 @@ class ModelDrafter:
         return drafts
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
-        batch = Batch.pack(chunks, self._blocks.block_size, self._runner.device)
-        return self._runner.forward(batch)[:, : self._vocab]
+        batch = Batch.pack(chunks, self._blocks.block_size, self.runner.device)
+        return self.runner.forward(batch)[:, : self._vocab]
 
     def _chunk(self, row: Sequence, draft: RowDraft) -> Chunk:
         """What the draft must see next: the newest token, and before it what its KV lacks."""
