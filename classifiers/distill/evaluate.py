@@ -107,7 +107,7 @@ class Examiner:
         return marks
 
     def _per_row(self, student: PreTrainedModel, temperature: float) -> list[Tensor]:
-        """float32[T] for each prompt: whether the choice matches at temperature 0, 1 - TV at temperature 1."""
+        """float32[T] a prompt: whether the choice matches at temperature 0, 1 - TV at temperature 1."""
         wave, device = self._waves[temperature], self._model.device
         found: list[Tensor] = []
         for start in range(0, len(wave.tokens), _ROWS):
