@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.models.packed import quantize
 from engine.models.references import ModelError, first_line
 
 MODEL_TYPE = "disco_draft"
@@ -121,12 +122,6 @@ def save_draft(
     config = {**model.config.to_dict(), "weights": weights, "architectures": [type(model).__name__]}
     save_file(tensors, directory / _WEIGHTS_FILE)
     (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [R, C] and float32 scale [R]: symmetric, by row."""
-    scale = matrix.float().abs().amax(1).clamp(min=1e-12) / 127
-    return (matrix.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def is_draft(directory: Path) -> bool:

@@ -16,23 +16,28 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from engine.models.packed import PackedWeights, packable, packed_linear
+from engine.models.draft import DraftConfig
+from engine.models.packed import INT8_STEP, Int8Linear, PackedWeights, can_int8, packable, packed_linear
 
 
 class PackedLlamaLayer(nn.Module):
     """Drop-in for a frozen LlamaDecoderLayer whose attention a paged runner serves."""
 
-    def __init__(self, layer: LlamaDecoderLayer, packed: PackedWeights) -> None:
+    def __init__(self, layer: LlamaDecoderLayer, packed: PackedWeights, int8: bool = False) -> None:
         super().__init__()
+
+        def join(*linears: nn.Linear) -> nn.Module:
+            return Int8Linear(linears) if int8 else packed_linear(linears, packed)
+
         attention, mlp = layer.self_attn, layer.mlp
         self.layer_idx = attention.layer_idx
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
-        self.qkv = packed_linear([attention.q_proj, attention.k_proj, attention.v_proj], packed)
-        self.out = packed_linear([attention.o_proj], packed)
-        self.gate_up = packed_linear([mlp.gate_proj, mlp.up_proj], packed)
-        self.down = packed_linear([mlp.down_proj], packed)
+        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = join(attention.o_proj)
+        self.gate_up = join(mlp.gate_proj, mlp.up_proj)
+        self.down = join(mlp.down_proj)
         self.norms = layer.input_layernorm, layer.post_attention_layernorm  # a tuple: the weights stay theirs
 
     def forward(
@@ -52,17 +57,34 @@ class PackedLlamaLayer(nn.Module):
         return out
 
 
+def int8_layers(model: PreTrainedModel) -> bool:
+    """Whether its layers are computed in int8: those of a draft that was saved so. Its head stays fp32."""
+    config = model.config
+    if not (isinstance(config, DraftConfig) and config.weights == "int8" and can_int8()):
+        return False
+    dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    widths = config.hidden_size, config.num_attention_heads * dim, config.intermediate_size
+    return all(width % INT8_STEP == 0 for width in widths)
+
+
 def pack_llama_layers(model: PreTrainedModel, packed: PackedWeights) -> None:
     """Replaces the decoder layers of a Llama in place; other architectures are left as they are."""
+    int8 = int8_layers(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is LlamaDecoderLayer and _plain(child):
-                setattr(parent, name, PackedLlamaLayer(child, packed))
+            if type(child) is LlamaDecoderLayer and _plain(child, int8):
+                setattr(parent, name, PackedLlamaLayer(child, packed, int8))
 
 
-def _plain(layer: LlamaDecoderLayer) -> bool:
+def _plain(layer: LlamaDecoderLayer, int8: bool) -> bool:
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return len(linears) == 7 and all(map(packable, linears)) and isinstance(layer.mlp.act_fn, SiLUActivation)
+    biased = any(linear.bias is not None for linear in linears)
+    return (
+        len(linears) == 7
+        and not (int8 and biased)
+        and all(map(packable, linears))
+        and isinstance(layer.mlp.act_fn, SiLUActivation)
+    )
 
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:
