@@ -23,7 +23,7 @@ COUNTS = ("iterations", "drafted", "accepted")
 def transformers_contenders(
     target: str, draft: str, tokens: int, assisted: list[int]
 ) -> dict[str, Contender]:
-    """Plain generate, prompt lookup, and assisted generation with the very same draft at each SL."""
+    """Plain generate, and its own speculation of the same kind: prompt lookup, or the very same draft."""
     model = AutoModelForCausalLM.from_pretrained(resolve(target), dtype=torch.float32).eval()
 
     def contender(**extra: Any) -> Contender:
@@ -38,10 +38,9 @@ def transformers_contenders(
 
         return run
 
-    found = {
-        "transformers": contender(),
-        "transformers, prompt lookup 3": contender(prompt_lookup_num_tokens=3),
-    }
+    found = {"transformers": contender()}
+    if draft == "ngram":
+        return found | {"transformers, prompt lookup 3": contender(prompt_lookup_num_tokens=3)}
     for sl in assisted:
         where = str(builtin_draft(target, load_tokenizer(target))) if draft == "default" else draft
         assistant = load_model(where, dtype=torch.float32, device="cpu")
@@ -55,7 +54,7 @@ def transformers_contenders(
 
 
 def disco_contenders(target: str, draft: str, tokens: int, lookaheads: list[int]) -> dict[str, Contender]:
-    """No draft, every static SL with the draft, the default policy, and the n-gram drafter with it."""
+    """No draft, every static SL with the draft, and the default policy."""
     engine = Engine(
         EngineConfig(target=target, draft=draft, dtype="float32", device="cpu", prefix_cache=False)
     )
@@ -83,6 +82,4 @@ def disco_contenders(target: str, draft: str, tokens: int, lookaheads: list[int]
     for sl in lookaheads:
         found[f"disco-serve, {draft}, static SL={sl}"] = contender(drafter, "static", sl=sl)
     found[f"disco-serve, {draft}, heuristic"] = contender(drafter, "heuristic")
-    if drafter != "ngram":
-        found["disco-serve, ngram, heuristic"] = contender("ngram", "heuristic")
     return found
