@@ -73,7 +73,7 @@ HEADER = f"{'configuration':<58} {'positions':>9} {'mismatches':>10} {'drafted':
 def config(where: Path) -> EngineConfig:
     """One engine for every drafter: requests choose."""
     return EngineConfig(
-        target=str(where), draft="self:6", dtype="float32", device="cpu", max_model_len=256, max_num_seqs=8
+        target=str(where), draft="default", dtype="float32", device="cpu", max_model_len=256, max_num_seqs=8
     )
 
 
