@@ -26,7 +26,8 @@ class Beginnings:
 
     An open document ends inside the user's message: the target invents the rest, then `answer`
     (int64[S]: the template from the end of the user's message to the beginning of the answer) is
-    forced, and the target answers. `kinds`: how many of each kind, for the card.
+    forced, and the target answers. `kinds`: how many of each kind, for the card; `too_long`: how many
+    were left out, for being longer than LONGEST tokens.
     """
 
     tokens: Tensor
@@ -35,6 +36,7 @@ class Beginnings:
     temperature: Tensor
     answer: Tensor
     kinds: dict[str, int]
+    too_long: int = 0
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
@@ -118,6 +120,7 @@ def beginnings(
         temperature=tensor([float(rng.choice(temperatures)) for _ in kept]),
         answer=tensor(answer),
         kinds=kinds,
+        too_long=sum(len(each) > LONGEST for each in ids),
     )
 
 

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from classifiers.distill.card import write_card
-from classifiers.distill.documents import Beginnings, beginnings, read_prompts
+from classifiers.distill.documents import LONGEST, Beginnings, beginnings, read_prompts
 from classifiers.distill.evaluate import Examiner, Marks, line
 from classifiers.distill.generate import Writer, documents_per_wave
 from classifiers.distill.options import DistillError, DistillOptions, flag
@@ -86,23 +88,41 @@ def distill(options: DistillOptions, command: str) -> bool:
         None if minutes is None else begun + 60 * minutes,
     )
     job.work.mkdir(parents=True, exist_ok=True)
-    _claim(options)
-    try:
-        text = _text(job)
-        student, marks = _train(job, text)
-    except Stopped:
-        job.say("stopped: the time is up; the same command goes on from here")
-        return False
-    save_draft(student, options.out, options.weights, tokenizer)
-    write_card(options, command, job.facts, marks)
+    _require_room(options, int(model.config.get_text_config().max_position_embeddings))
+    with _alone(options):
+        _claim(options)
+        try:
+            text = _text(job)
+            student, marks = _train(job, text)
+        except Stopped:
+            job.say("stopped: the time is up; the same command goes on from here")
+            return False
+        save_draft(student, options.out, options.weights, tokenizer)
+        write_card(options, command, job.facts, marks)
     job.say(f"done: {options.out}; serve it with --target {options.target} --draft {options.out}")
     return True
+
+
+def _require_room(options: DistillOptions, context: int) -> None:
+    if options.length > context:
+        raise DistillError(f"--length {options.length} is over the target's context of {context}")
+
+
+@contextmanager
+def _alone(options: DistillOptions) -> Iterator[None]:
+    """Two runs in one directory would write each other's files. The lock goes with its process."""
+    try:
+        with FileLock(options.out / "work" / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise DistillError(f"another run is at work in {options.out}") from error
 
 
 def _claim(options: DistillOptions) -> None:
     """The directory belongs to one set of options. Raises DistillError if it holds another's work."""
     path = options.out / "work" / "options.json"
     mine = json.loads(msgspec.json.encode(options, enc_hook=str))
+    mine["prompts"] = [f"{each} {sha256(each.read_bytes()).hexdigest()}" for each in options.prompts]
     if path.exists():
         theirs = json.loads(path.read_text())
         changed = [name for name in mine if name not in _MAY_CHANGE and mine[name] != theirs.get(name)]
@@ -120,6 +140,8 @@ def _documents(job: Job) -> Beginnings:
     prompts = read_prompts(options.prompts)
     count = per_wave * _waves(options)
     found = beginnings(job.tokenizer, count, options.seed, options.temperatures, prompts, job.model.device)
+    if found.too_long:
+        job.say(f"left out {found.too_long} of {count} beginnings: longer than {LONGEST} tokens")
     (job.work / "documents.json").write_text(json.dumps(found.kinds) + "\n")
     return found
 

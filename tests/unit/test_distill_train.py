@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -182,6 +183,27 @@ def test_other_options_in_the_same_directory_are_refused(tiny_llama: Path, tmp_p
     assert not run.distill(options(tiny_llama, tmp_path, stop_after_minutes=0.0), "...")
     with pytest.raises(DistillError, match="--hidden"):
         run.distill(options(tiny_llama, tmp_path, hidden=32), "...")
+
+
+def test_a_directory_at_work_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    with FileLock(tmp_path / "work" / ".lock"), pytest.raises(DistillError, match="another run"):
+        run.distill(options(tiny_llama, tmp_path), "...")
+
+
+def test_changed_prompts_are_other_prompts(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("one\n")
+    given = options(tiny_llama, tmp_path / "out", prompts=(file,), stop_after_minutes=0.0)
+    assert not run.distill(given, "...")
+    file.write_text("two\n")
+    with pytest.raises(DistillError, match="--prompts"):
+        run.distill(given, "...")
+
+
+def test_rows_longer_than_the_targets_context_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="context of 256"):
+        run.distill(options(tiny_llama, tmp_path, length=300, batch_tokens=300), "...")
 
 
 @pytest.mark.parametrize(
