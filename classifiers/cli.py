@@ -134,10 +134,17 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """What was asked wrongly ends with code 2, what cannot be done with 1; both with one line."""
+    import torch
+    from safetensors import SafetensorError
+
     from engine.types import CannotLoad, RequestFailed
 
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        _fail(f"not enough memory; lower --rows or --batch-tokens: {error}", 1)
+    except SafetensorError as error:
+        _fail(f"a file of weights cannot be read or written: {error}", 1)
     except (CannotLoad, RequestFailed, OSError) as error:
         _fail(str(error), 1)
     except ValueError as error:

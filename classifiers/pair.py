@@ -82,11 +82,11 @@ def run(options: PairOptions) -> PairReport:
     prompts = read_prompts(options.prompts, options.per_category)
     tokenizer = load.load_tokenizer(options.target)
     report = _judge(options, encode(prompts, tokenizer), bool(tokenizer.chat_template))
-    wide = None if sys.stdout.isatty() else _WIDTH
-    show(report, Console(highlight=False, width=wide))
     if options.json is not None:
         text = msgspec.json.format(msgspec.json.encode(report), indent=2)
         options.json.write_bytes(text + b"\n")
+    wide = None if sys.stdout.isatty() else _WIDTH
+    show(report, Console(highlight=False, markup=False, width=wide))
     return report
 
 

@@ -71,7 +71,7 @@ def _read(path: Path) -> list[Prompt]:
     if path.suffix not in (".jsonl", ".txt"):
         raise PairError(f"prompts {path}: a .jsonl or .txt file is wanted")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise PairError(f"prompts {path}: {first_line(error)}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -10,11 +10,12 @@ import torch
 
 from classifiers.distill.evaluate import LOOKAHEADS, Marks
 from classifiers.distill.options import DistillOptions
+from engine.models.load import pick_device
 
 
 def write_card(options: DistillOptions, command: str, facts: dict[str, Any], marks: Marks) -> None:
     """Writes README.md into `options.out`."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    card = torch.cuda.get_device_name() if pick_device(options.device).type == "cuda" else "CPU"
     documents = ", ".join(f"{count:,} {kind}" for kind, count in sorted(facts["documents"].items()))
     precision = "the device's" if options.dtype == "auto" else options.dtype
     coverage = facts.get("coverage")
@@ -33,7 +34,7 @@ Made {datetime.now(UTC):%Y-%m-%d} by disco-serve {_own_version()} on {card}, tor
 ## Training text
 
 Nothing but the target's own text: {facts["text_tokens"]:,} tokens, {facts["answer_tokens"]:,} of them its
-answers, from openings written for this project ({documents}), at temperatures
+answers, continuing openings ({documents}), at temperatures
 {_numbers(options.temperatures)}. Trained for {facts["steps"]:,} steps,
 {facts["train_tokens"]:,} token passes: forward KL, from {options.finish_from:.0%} of the steps on
 total variation.

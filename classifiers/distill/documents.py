@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -43,9 +45,12 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """What the template puts before and after a lone user message; None without a template."""
     if not tokenizer.chat_template:
         return None
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise DistillError(f"the target's chat template refuses a lone user message: {error}") from error
     assert isinstance(text, str)
     before, found, after = text.partition(_MARK)
     if not found:
@@ -57,7 +62,11 @@ def read_prompts(paths: Seq[Path]) -> list[str]:
     """User messages: one a line, or JSON lines with "prompt". Raises DistillError with file and line."""
     prompts: list[str] = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
+        except UnicodeDecodeError as error:
+            raise DistillError(f"{path}: not UTF-8: {error}") from error
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             if path.suffix == ".jsonl":
@@ -67,6 +76,8 @@ def read_prompts(paths: Seq[Path]) -> list[str]:
                     raise DistillError(f'{path}:{number}: not an object with "prompt"') from error
                 if not isinstance(line, str):
                     raise DistillError(f'{path}:{number}: "prompt" is not a string')
+            if not _encodes(line):
+                raise DistillError(f"{path}:{number}: holds half of a surrogate pair")
             prompts.append(line)
     if paths and not prompts:
         raise DistillError(f"no prompt in {', '.join(map(str, paths))}")
@@ -84,9 +95,10 @@ def beginnings(
     """`count` documents, the same for a seed: half from `prompts` if there are any, the rest built in."""
     rng = random.Random(seed)
     frame = chat_frame(tokenizer)
+    can_open = frame is not None and bool(tokenizer(frame[1], add_special_tokens=False)["input_ids"])
     texts: list[str] = []
     opens: list[bool] = []
-    kinds: dict[str, int] = {}
+    kinds: list[str] = []
     for opening in openings(seed, count):
         kind: str = opening.kind
         text = opening.text
@@ -98,17 +110,16 @@ def beginnings(
             texts.append(text)
         else:
             texts.append(frame[0] + text + ("" if kind == "user_open" else frame[1]))
-        opens.append(frame is not None and kind == "user_open")
-        kinds[kind] = kinds.get(kind, 0) + 1
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=frame is None)["input_ids"]
-    if frame is not None and tokenizer.bos_token_id is not None and _adds_bos(tokenizer):
-        bos = tokenizer.bos_token_id
-        ids = [each if each[:1] == [bos] else [bos, *each] for each in ids]
+        opens.append(can_open and kind == "user_open")
+        kinds.append(kind)
+    ids = encode(texts, tokenizer)
     kept = [i for i, each in enumerate(ids) if 1 <= len(each) <= LONGEST]
     if not kept:
         raise DistillError(f"no prompt is between 1 and {LONGEST} tokens long")
+    if prompts and "prompt file" not in {kinds[i] for i in kept}:
+        raise DistillError(f"every prompt of --prompts is longer than {LONGEST} tokens, template included")
     width = max(len(ids[i]) for i in kept)
-    answer = tokenizer(frame[1], add_special_tokens=False)["input_ids"] if frame else [0]
+    answer = tokenizer(frame[1], add_special_tokens=False)["input_ids"] if can_open and frame else [0]
 
     def tensor(values: list[list[int]] | list[int] | list[bool] | list[float]) -> Tensor:
         return torch.tensor(values, device=device)
@@ -119,12 +130,23 @@ def beginnings(
         open=tensor([opens[i] for i in kept]),
         temperature=tensor([float(rng.choice(temperatures)) for _ in kept]),
         answer=tensor(answer),
-        kinds=kinds,
+        kinds=dict(Counter(kinds[i] for i in kept)),
         too_long=sum(len(each) > LONGEST for each in ids),
     )
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether plain text gets a beginning token (chat templates write their own)."""
-    first: list[int] = tokenizer("a")["input_ids"][:1]
-    return first == [tokenizer.bos_token_id]
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of texts that may be templated or not: with a beginning token where plain text gets one, once."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+        return ids
+    return [each if each[:1] == [bos] else [bos, *each] for each in ids]
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from classifiers.acceptance import static
-from classifiers.distill.documents import Beginnings, chat_frame
+from classifiers.distill.documents import Beginnings, chat_frame, encode
 from classifiers.distill.generate import FRESH, SAMPLED, Wave, Writer
 from classifiers.distill.options import DistillError, DistillOptions
 from classifiers.distill.text import layout
@@ -46,13 +46,7 @@ class Examiner:
     ) -> None:
         self._model, self._vocab = model, vocab
         self._prompts = prompts(options.eval_per_category)
-        ids = _encode(self._prompts, tokenizer)
-        length = max(map(len, ids)) + options.eval_tokens
-        context = int(model.config.get_text_config().max_position_embeddings)
-        if length > context:
-            raise DistillError(
-                f"held-out prompts and --eval-tokens need {length} tokens, the target has {context}"
-            )
+        ids, length = held_out(options, tokenizer, model)
         self._waves = {
             temperature: self._write(ids, temperature, length, options.eval_tokens, eos_ids)
             for temperature in (0.0, 1.0)
@@ -126,6 +120,20 @@ class Examiner:
         return found
 
 
+def held_out(
+    options: DistillOptions, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[list[list[int]], int]:
+    """The held-out prompts' ids, and the longest with its answer. Raises DistillError if that is too long."""
+    ids = _encode(prompts(options.eval_per_category), tokenizer)
+    length = max(map(len, ids)) + options.eval_tokens
+    context = int(model.config.get_text_config().max_position_embeddings)
+    if length > context:
+        raise DistillError(
+            f"held-out prompts and --eval-tokens need {length} tokens, the target has {context}"
+        )
+    return ids, length
+
+
 def line(step: int, marks: Marks) -> str:
     """One line of marks: match and overlap, and acceptance at SL 1-8, by category."""
     parts = [
@@ -141,8 +149,7 @@ def _encode(chosen: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[li
         frame[0] + prompt.text + frame[1] if frame is not None and prompt.chat else prompt.text
         for prompt in chosen
     ]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=frame is None)["input_ids"]
-    return ids
+    return encode(texts, tokenizer)
 
 
 def _first_document(values: Tensor, flags: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Writer:
         device = model.device
         self._decoder = LockstepDecoder(model, length)
         self._documents, self._answer_tokens, self._vocab = documents, answer_tokens, vocab
-        self._eos = torch.tensor(eos_ids, device=device)
+        self._eos = torch.tensor(eos_ids, dtype=torch.int64, device=device)
         self._length = length
         width = max(documents.tokens.shape[1], len(documents.answer))
         long, flag = torch.int64, torch.bool

@@ -23,17 +23,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from classifiers.distill.card import write_card
 from classifiers.distill.documents import LONGEST, Beginnings, beginnings, read_prompts
-from classifiers.distill.evaluate import Examiner, Marks, line
+from classifiers.distill.evaluate import Examiner, Marks, held_out, line
 from classifiers.distill.generate import Writer, documents_per_wave
 from classifiers.distill.options import DistillError, DistillOptions, flag
-from classifiers.distill.student import new_student, parameters
-from classifiers.distill.teacher import Teacher
+from classifiers.distill.student import check_layers, new_student, parameters
+from classifiers.distill.teacher import Teacher, check_head
 from classifiers.distill.text import Text, save_wave, wave_file
 from classifiers.distill.train import Trainer
 from engine.models import load
 from engine.models.draft import save_draft
 
-_MAY_CHANGE = {"stop_after_minutes", "checkpoint_minutes", "out", "eval_every"}
+_MAY_CHANGE = {
+    *("stop_after_minutes", "checkpoint_minutes", "out", "eval_every"),
+    *("eval_per_category", "eval_tokens", "weights"),
+}
 """Options that a resumed run may be given anew."""
 
 
@@ -87,8 +90,9 @@ def distill(options: DistillOptions, command: str) -> bool:
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
         None if minutes is None else begun + 60 * minutes,
     )
+    _check_all(job)
+    _refuse_another_model(options.out)
     job.work.mkdir(parents=True, exist_ok=True)
-    _require_room(options, int(model.config.get_text_config().max_position_embeddings))
     with _alone(options):
         _claim(options)
         try:
@@ -103,9 +107,25 @@ def distill(options: DistillOptions, command: str) -> bool:
     return True
 
 
-def _require_room(options: DistillOptions, context: int) -> None:
+def _check_all(job: Job) -> None:
+    """What would be refused later is refused before hours of text are written."""
+    options, model = job.options, job.model
+    context = int(model.config.get_text_config().max_position_embeddings)
     if options.length > context:
         raise DistillError(f"--length {options.length} is over the target's context of {context}")
+    if (numbers := options.layer_numbers()) is not None:
+        check_layers(model, numbers)
+    check_head(model)
+    held_out(options, job.tokenizer, model)
+    read_prompts(options.prompts)
+
+
+def _refuse_another_model(out: Path) -> None:
+    """A model's directory that no run of ours made is never written into."""
+    if out.is_dir() and not (out / "work").is_dir():
+        taken = [each.name for each in out.iterdir() if each.suffix in (".json", ".safetensors", ".md")]
+        if taken:
+            raise DistillError(f"{out} holds something else ({min(taken)}); give another --out")
 
 
 @contextmanager
@@ -123,15 +143,21 @@ def _claim(options: DistillOptions) -> None:
     path = options.out / "work" / "options.json"
     mine = json.loads(msgspec.json.encode(options, enc_hook=str))
     mine["prompts"] = [f"{each} {sha256(each.read_bytes()).hexdigest()}" for each in options.prompts]
-    if path.exists():
-        theirs = json.loads(path.read_text())
+    begun = any(path.parent.glob("*.safetensors"))
+    if path.exists() and begun:
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise DistillError(f"{path} is damaged; give another --out") from error
         changed = [name for name in mine if name not in _MAY_CHANGE and mine[name] != theirs.get(name)]
         if changed:
             raise DistillError(
                 f"{options.out} holds a run with another {', '.join(map(flag, changed))}; "
                 "give the same options to go on, or another --out"
             )
-    path.write_text(json.dumps(mine, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(mine, indent=1) + "\n")
+    part.rename(path)
 
 
 def _documents(job: Job) -> Beginnings:
@@ -179,6 +205,8 @@ def _text(job: Job) -> Text:
     job.facts["documents"] = json.loads((job.work / "documents.json").read_text())
     job.facts["text_tokens"] = text.tokens.numel()
     job.facts["answer_tokens"] = text.answered()
+    if text.answered() == 0:
+        raise DistillError(f"no answer fits in rows of --length {options.length}")
     return text
 
 

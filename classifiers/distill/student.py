@@ -117,11 +117,20 @@ def _scaled(matrix: Tensor, std: float) -> Tensor:
     return matrix * (std / matrix.std())
 
 
-def _of_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> PreTrainedModel:
-    """A copy of these layers of the target, with its embedding, norm and head."""
+def check_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> None:
+    """Raises DistillError if these layers cannot be copied."""
     total = int(target.config.get_text_config().num_hidden_layers)
     if any(number >= total for number in numbers) or list(numbers) != sorted(set(numbers)):
         raise DistillError(f"--init layers: ascending numbers from 0 to {total - 1}, each once")
+    found = {int(match[2]) for name in target.state_dict() if (match := _LAYER.match(name))}
+    if found != set(range(total)):
+        raise DistillError(f"--init layers: {type(target).__name__} does not keep its layers in model.layers")
+
+
+def _of_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> PreTrainedModel:
+    """A copy of these layers of the target, with its embedding, norm and head."""
+    total = int(target.config.get_text_config().num_hidden_layers)
+    check_layers(target, numbers)
     config = copy.deepcopy(target.config)
     text = config.get_text_config()
     for name, value in vars(text).items():  # layer_types and its like: one entry per layer
@@ -130,7 +139,7 @@ def _of_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> PreTrainedM
     text.num_hidden_layers = len(numbers)
     student: PreTrainedModel = type(target)(config)
     place = {number: i for i, number in enumerate(numbers)}
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in target.state_dict().items():
         if (match := _LAYER.match(name)) is None:
             state[name] = tensor

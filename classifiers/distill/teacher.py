@@ -28,7 +28,6 @@ class Teacher:
         self.weight = head.weight.detach()[order.to(head.weight.device)]
         bias = getattr(head, "bias", None)
         self.bias = None if bias is None else bias.detach()[order.to(bias.device)]
-        _check_head(model)
         rows, length = text.tokens.shape
         size = rows * length * self.weight.shape[1] * self.weight.element_size()
         self._kept: Tensor | None = None
@@ -67,7 +66,7 @@ def _first(ids: Tensor, vocab: int) -> Tensor:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """The logits must be the head over the last hidden state, and nothing more."""
     ids = torch.arange(8, device=model.device)[None] % int(model.config.get_text_config().vocab_size)
     whole = model(input_ids=ids, use_cache=False).logits.float()

@@ -39,7 +39,7 @@ class Text:
         """int64[count], ascending: the most frequent tokens of the answers, `always` among them."""
         follows = (self.flags[:, :-1] & SAMPLED).bool()
         counts = torch.bincount(self.tokens[:, 1:][follows].long().flatten(), minlength=vocab)[:vocab]
-        counts[torch.tensor(always, device=counts.device)] = counts.max() + 1
+        counts[torch.tensor(always, dtype=torch.int64, device=counts.device)] = counts.max() + 1
         return counts.argsort(descending=True, stable=True)[:count].sort().values.cpu()
 
     def covered(self, ids: Tensor, vocab: int) -> float:

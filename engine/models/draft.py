@@ -150,7 +150,10 @@ def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Pre
     config = read_config(directory)
     try:
         model = DraftForCausalLM(config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # a shape that cannot be
+    except (  # a shape or a name that cannot be
+        *(ValueError, TypeError, RuntimeError, ArithmeticError),
+        *(LookupError, AttributeError, AssertionError, ImportError),
+    ) as error:
         raise ModelError(f"draft {str(directory)!r}: config.json: {first_line(error)}") from error
     try:
         stored = load_file(directory / _WEIGHTS_FILE)

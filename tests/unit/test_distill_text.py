@@ -197,6 +197,14 @@ def test_prompt_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
     lines.write_text("one\n\ntwo\n")
     objects.write_text('{"prompt": "three"}\n')
     assert read_prompts([lines, objects]) == ["one", "two", "three"]
+    objects.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert read_prompts([objects]) == ["a\u2028b"]
+    lines.write_bytes(b"\xe9\n")
+    with pytest.raises(DistillError, match=r"a.txt: not UTF-8"):
+        read_prompts([lines])
+    objects.write_text('{"prompt": "\\ud800"}\n')
+    with pytest.raises(DistillError, match="surrogate"):
+        read_prompts([objects])
     objects.write_text('{"prompt": "three"}\n{"text": 1}\n')
     with pytest.raises(DistillError, match=r"b.jsonl:2"):
         read_prompts([objects])

@@ -14,13 +14,13 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 from classifiers.distill import evaluate, run
 from classifiers.distill.generate import FRESH, SAMPLED
 from classifiers.distill.losses import finish_loss, kl, total_variation
 from classifiers.distill.options import DistillError, DistillOptions
-from classifiers.distill.student import components, new_student
+from classifiers.distill.student import check_layers, components, new_student
 from classifiers.distill.teacher import Teacher
 from classifiers.distill.text import Text
 from classifiers.distill.train import Trainer
@@ -199,6 +199,37 @@ def test_changed_prompts_are_other_prompts(tiny_llama: Path, tmp_path: Path) -> 
     file.write_text("two\n")
     with pytest.raises(DistillError, match="--prompts"):
         run.distill(given, "...")
+
+
+def test_another_models_directory_is_not_written_into(tiny_llama: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    with pytest.raises(DistillError, match="something else"):
+        run.distill(options(tiny_llama, tmp_path), "...")
+    assert not (tmp_path / "work").exists()
+
+
+def test_layers_that_lie_elsewhere_are_refused() -> None:
+    size = dict(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**size))
+    with pytest.raises(DistillError, match="GPTNeoX"):
+        check_layers(neox, (0, 2))
+
+
+def test_what_would_fail_later_fails_before_text_is_written(tiny_llama: Path, tmp_path: Path) -> None:
+    for changes in ({"eval_tokens": 300}, {"init": "layers:0,9"}):
+        with pytest.raises(DistillError):
+            run.distill(options(tiny_llama, tmp_path, **changes), "...")
+    assert not (tmp_path / "work").exists()
+
+
+def test_rows_without_room_for_an_answer_are_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Text, "answered", lambda self: 0)
+    with pytest.raises(DistillError, match="no answer fits"):
+        run.distill(options(tiny_llama, tmp_path), "...")
 
 
 def test_rows_longer_than_the_targets_context_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -130,6 +130,15 @@ def test_the_report_as_tables_and_json(
     assert report.threads == torch.get_num_threads()
 
 
+def test_a_category_may_look_like_markup(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_text(json.dumps({"category": "[/x]", "text": "hello"}), encoding="utf-8")
+    judge(tiny_llama, "self:1", path)
+    assert "[/x]" in capsys.readouterr().out
+
+
 def test_a_seed_names_the_sampled_texts(tiny_llama: Path, prompts: Path) -> None:
     one, two, three = (
         [
