@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
@@ -35,9 +36,14 @@ def prompts(per_category: int | None = None) -> list[Prompt]:
     fewest = min(Counter(prompt.category for prompt in _all()).values())
     if not 1 <= per_category <= fewest:
         raise ValueError(f"held-out prompts of a category: {per_category}, must be 1 to {fewest}")
+    return first_of_each(_all(), per_category)
+
+
+def first_of_each(found: Iterable[Prompt], per_category: int) -> list[Prompt]:
+    """At most `per_category` prompts of each category, the first ones."""
     taken: Counter[str] = Counter()
     kept = []
-    for prompt in _all():
+    for prompt in found:
         taken[prompt.category] += 1
         if taken[prompt.category] <= per_category:
             kept.append(prompt)

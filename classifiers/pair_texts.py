@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -56,15 +55,7 @@ def read_prompts(files: Seq[Path], per_category: int | None = None) -> list[Prom
     and line.
     """
     found = [prompt for path in files for prompt in _read(path)] if files else heldout.prompts()
-    if per_category is None:
-        return found
-    taken: Counter[str] = Counter()
-    kept = []
-    for prompt in found:
-        taken[prompt.category] += 1
-        if taken[prompt.category] <= per_category:
-            kept.append(prompt)
-    return kept
+    return found if per_category is None else heldout.first_of_each(found, per_category)
 
 
 def _read(path: Path) -> list[Prompt]:

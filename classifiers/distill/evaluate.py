@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from classifiers.acceptance import static
+from classifiers.acceptance import Iterations, greedy_match, overlap, static
 from classifiers.distill.documents import Beginnings, chat_frame, encode
 from classifiers.distill.generate import FRESH, SAMPLED, Wave, Writer
 from classifiers.distill.options import DistillError, DistillOptions
@@ -87,16 +87,12 @@ class Examiner:
         for category in dict.fromkeys(prompt.category for prompt in self._prompts):
             rows = [i for i, prompt in enumerate(self._prompts) if prompt.category == category]
             match = [matches[i] > 0 for i in rows]
-            overlap = torch.cat([overlaps[i] for i in rows])
-            outcomes = [[static(each, k) for each in match] for k in LOOKAHEADS]
+            outcomes = [sum((static(each, k) for each in match), Iterations()) for k in LOOKAHEADS]
             marks[category] = CategoryMarks(
                 positions=sum(map(len, match)),
                 match=float(torch.cat(match).float().mean()),
-                overlap=float(overlap.mean()),
-                acceptance=tuple(
-                    sum(each.accepted for each in of_k) / max(1, sum(each.drafted for each in of_k))
-                    for of_k in outcomes
-                ),
+                overlap=float(torch.cat([overlaps[i] for i in rows]).mean()),
+                acceptance=tuple(each.acceptance or 0.0 for each in outcomes),
             )
         return marks
 
@@ -112,9 +108,9 @@ class Examiner:
             drafted = student(**given).logits[:, :-1, : self._vocab].float()
             if temperature:
                 wanted = self._model(**given).logits[:, :-1, : self._vocab].float()
-                values = torch.minimum(wanted.softmax(-1), drafted.softmax(-1)).sum(-1)
+                values = overlap(wanted, drafted)
             else:
-                values = (drafted.argmax(-1) == ids[:, 1:]).float()
+                values = greedy_match(drafted, ids[:, 1:]).float()
             at = (flags[:, :-1] & SAMPLED).bool()
             found += [value[own].cpu() for value, own in zip(values, at, strict=True)]
         return found

@@ -26,7 +26,7 @@ from classifiers.distill.documents import LONGEST, Beginnings, beginnings, read_
 from classifiers.distill.evaluate import Examiner, Marks, held_out, line
 from classifiers.distill.generate import Writer, documents_per_wave
 from classifiers.distill.options import DistillError, DistillOptions, flag
-from classifiers.distill.student import check_layers, new_student, parameters
+from classifiers.distill.student import check_layers, new_student
 from classifiers.distill.teacher import Teacher, check_head
 from classifiers.distill.text import Text, save_wave, wave_file
 from classifiers.distill.train import Trainer
@@ -61,9 +61,9 @@ class Job:
     def work(self) -> Path:
         return self.options.out / "work"
 
-    def check_time(self) -> None:
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise Stopped
+    @property
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
 
 def distill(options: DistillOptions, command: str) -> bool:
@@ -193,19 +193,18 @@ def _text(job: Job) -> Text:
         )
         with _bar("writing text", options.rows * options.length * len(missing)) as advance:
             began = time.monotonic()
-            for number in missing:
+            for done, number in enumerate(missing, 1):
                 save_wave(job.work, number, writer.write(number, options.seed, advance))
-                rate = (
-                    options.rows * options.length * (missing.index(number) + 1) / (time.monotonic() - began)
-                )
+                rate = options.rows * options.length * done / (time.monotonic() - began)
                 job.say(f"text {number + 1}/{waves}, {rate:,.0f} tokens/s")
-                job.check_time()
+                if job.late:
+                    raise Stopped
         writer.close()
     text = Text(job.work, waves, job.model.device)
     job.facts["documents"] = json.loads((job.work / "documents.json").read_text())
     job.facts["text_tokens"] = text.tokens.numel()
     job.facts["answer_tokens"] = text.answered()
-    if text.answered() == 0:
+    if job.facts["answer_tokens"] == 0:
         raise DistillError(f"no answer fits in rows of --length {options.length}")
     return text
 
@@ -217,14 +216,15 @@ def _train(job: Job, text: Text) -> tuple[PreTrainedModel, Marks]:
         ids = text.frequent(min(options.draft_vocab, job.vocab), job.vocab, job.eos_ids)
         job.facts["coverage"] = text.covered(ids, job.vocab)
     student = new_student(options, model, load.tokenizer_sha256(job.tokenizer), ids)
-    job.facts["parameters"] = parameters(student)
+    job.facts["parameters"] = student.num_parameters()
     examiner = Examiner(job.model, job.tokenizer, options, job.eos_ids, job.vocab)
     teacher = Teacher(model, text, ids, job.vocab)
     trainer = Trainer(options, student, teacher, text)
     _resume(job, trainer)
+    kept = "kept" if teacher.keeps else "made at every step"
     job.say(
-        f"draft of {parameters(student):,} parameters; {trainer.steps} steps of {trainer.tokens_per_step} "
-        f"tokens; target's states {'kept' if teacher.keeps else 'made at every step'}"
+        f"draft of {job.facts['parameters']:,} parameters; {trainer.steps} steps of "
+        f"{trainer.tokens_per_step} tokens; target's states {kept}"
     )
     _steps(job, trainer, examiner, student)
     marks = examiner.examine(student)
@@ -249,11 +249,12 @@ def _steps(job: Job, trainer: Trainer, examiner: Examiner, student: PreTrainedMo
                     f"{line(trainer.step, examiner.examine(student))}; loss {loss:.4f}; {rate:,.0f} tokens/s"
                 )
                 losses.clear()
-            over = job.deadline is not None and time.monotonic() > job.deadline
-            if over or time.monotonic() - saved >= 60 * options.checkpoint_minutes:
+            late = job.late
+            if late or time.monotonic() - saved >= 60 * options.checkpoint_minutes:
                 _checkpoint(job, trainer)
                 saved = time.monotonic()
-            job.check_time()
+            if late:
+                raise Stopped
     _checkpoint(job, trainer)
 
 

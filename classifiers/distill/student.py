@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from classifiers.distill.options import DistillError, DistillOptions
 from engine.models.draft import DraftConfig, DraftForCausalLM, FactoredEmbedding, ReducedHead
+from engine.models.load import keep_layers
 
 _EMBEDDING_STD = 0.1  # of an embedding row's entries: small beside the layers' later outputs
 _HEAD_STD = 0.02  # logits of about a third of a nat at the start
@@ -129,15 +130,8 @@ def check_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> None:
 
 def _of_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> PreTrainedModel:
     """A copy of these layers of the target, with its embedding, norm and head."""
-    total = int(target.config.get_text_config().num_hidden_layers)
     check_layers(target, numbers)
-    config = copy.deepcopy(target.config)
-    text = config.get_text_config()
-    for name, value in vars(text).items():  # layer_types and its like: one entry per layer
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == total:
-            setattr(text, name, [value[i] for i in numbers])
-    text.num_hidden_layers = len(numbers)
-    student: PreTrainedModel = type(target)(config)
+    student: PreTrainedModel = type(target)(keep_layers(target.config, numbers))
     place = {number: i for i, number in enumerate(numbers)}
     state: dict[str, Tensor] = {}
     for name, tensor in target.state_dict().items():
@@ -145,15 +139,9 @@ def _of_layers(target: PreTrainedModel, numbers: tuple[int, ...]) -> PreTrainedM
             state[name] = tensor
         elif int(match[2]) in place:
             state[f"{match[1]}{place[int(match[2])]}{match[3]}"] = tensor
-    missing = [name for name in student.load_state_dict(state, strict=False).missing_keys]
-    if missing:
+    if missing := student.load_state_dict(state, strict=False).missing_keys:
         raise DistillError(
             f"--init layers: {type(target).__name__} keeps its layers elsewhere ({missing[0]})"
         )
     student.generation_config = copy.deepcopy(target.generation_config)
     return student
-
-
-def parameters(model: PreTrainedModel) -> int:
-    """Stored parameters, shared ones once."""
-    return sum(each.numel() for each in {id(p): p for p in model.parameters()}.values())

@@ -8,12 +8,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from engine.models.draft import is_draft, load_draft
@@ -25,6 +32,7 @@ __all__ = [
     "UnsafeWeights",
     "early_exit",
     "eos_token_ids",
+    "keep_layers",
     "load_model",
     "load_tokenizer",
     "pick_device",
@@ -134,15 +142,10 @@ def early_exit(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     Costs no memory for weights. Raises ValueError unless 1 <= layers <= the model's layers, and
     ModelError if the architecture keeps something that cannot be cut so.
     """
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    total = int(text.num_hidden_layers)
+    total = int(model.config.get_text_config().num_hidden_layers)
     if not 1 <= layers <= total:
         raise ValueError(f"early exit after {layers} layers: the model has {total}, so 1 to {total}")
-    for name, value in vars(text).items():  # layer_types and its like: one entry per layer
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == total:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
+    config = keep_layers(model.config, range(layers))
     with quiet(progress=False), torch.device("meta"):
         draft: PreTrainedModel = type(model)(config)
     source = model.state_dict(keep_vars=True)
@@ -154,6 +157,18 @@ def early_exit(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     draft.generation_config = copy.deepcopy(model.generation_config)
     draft.eval()
     return draft
+
+
+def keep_layers(config: PreTrainedConfig, numbers: Seq[int]) -> PreTrainedConfig:
+    """A copy of the config for a model of these layers alone, in this order."""
+    kept = copy.deepcopy(config)
+    text = kept.get_text_config()
+    total = int(text.num_hidden_layers)
+    for name, value in vars(text).items():  # layer_types and its like: one entry per layer
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == total:
+            setattr(text, name, type(value)(value[i] for i in numbers))
+    text.num_hidden_layers = len(numbers)
+    return kept
 
 
 def _share_plain_tensors(draft: nn.Module, model: nn.Module) -> None:
