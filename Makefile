@@ -17,12 +17,14 @@ HAS_CUDA_TORCH = $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_ava
 HAS_GPU = nvidia-smi >/dev/null 2>&1
 GPU_TORCH := torch>=2.11,<2.16
 CPU_TORCH := torch==2.13.0
+# For the interpreter in which tests run the GPU's kernels; a torch for GPUs brings its own.
+CPU_TRITON := triton==3.7.1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint lossless bench models clean
+.PHONY: help serve test lint lossless bench bench-gpu models clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: $(STAMPS)/installed models ## Serve the default model: HOST, PORT, ARGS="--draft self:6 ..."
 	$(BIN)/disco-serve serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -42,6 +44,9 @@ lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 
 bench: $(STAMPS)/dev models ## Measure against transformers on this machine
 	$(BIN)/python benchmarks/cpu_pair.py $(ARGS)
+
+bench-gpu: $(STAMPS)/dev models ## Measure kernels, a widened pair, transformers and HTTP on this GPU
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 models: $(STAMPS)/installed ## Fetch the default model
 	@$(BIN)/disco-serve models pull smollm2
@@ -66,4 +71,5 @@ $(STAMPS)/installed: pyproject.toml $(STAMPS)/torch
 
 $(STAMPS)/dev: $(STAMPS)/installed
 	$(PIP) install --editable ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "$(CPU_TRITON)"
 	touch $@

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "disco-serve")},
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "disco-serve")},
         "commit": _commit(),
     }
 
@@ -28,6 +28,13 @@ def save(path: Path, figures: dict[str, Any]) -> None:
     """Writes figures and environment as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **figures}, indent=2) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout, or no GPU
+        return None
 
 
 def _processor() -> str:

@@ -60,7 +60,7 @@ class Forced:
     def _forward(self, ids: Seq[int], start: int, *, logits: bool) -> Tensor:
         blocks = range(-(-(start + len(ids)) // self._block_size))
         chunk = Chunk(ids, start, blocks, len(ids) if logits else 0)
-        batch = Batch.pack([chunk], self._block_size, self._runner.device)
+        batch = Batch.pack([chunk], self._block_size)
         return self._runner.forward(batch)[:, : self._vocab]
 
 
@@ -128,7 +128,7 @@ class Stopwatch:
         blocks = range(-(-(start + count) // self._block_size))
         begin = time.perf_counter()
         chunk = Chunk(self._ids[start : start + count], start, blocks, count)
-        batch = Batch.pack([chunk], self._block_size, self._runner.device)
+        batch = Batch.pack([chunk], self._block_size)
         self._runner.forward(batch).argmax(-1).tolist()  # the transfer waits for the device
         return time.perf_counter() - begin
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+Quantization = Literal["none", "int8", "fp8", "int4"]
+RunnerKind = Literal["auto", "fused", "reference"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -35,5 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     threads: int | None = None
     trust_remote_code: bool = False
+    quantization: Quantization = "none"  # of the target's weights: another model, in the end
+    draft_quantization: Quantization = "none"  # of the draft's: changes only what is accepted
+    runner: RunnerKind = "auto"  # "auto": fused on a GPU where the model is of the Llama family
 
     block_size: int = 16

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.finish import cut, score_output, score_prompt
+from engine.measure import measured
 from engine.models.runner import Batch, Chunk
 from engine.parts import Parts, build
 from engine.scheduler import PlanRow, Scheduler
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
+from engine.speculation.costs import EngineCosts
+from engine.speculation.drafters.base import Drafts
+from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.policy import Outcome, options_of
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
 from engine.validate import validate
@@ -36,7 +41,14 @@ class Engine:
             self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._table.put_aside
         )
         self._sequences: dict[str, Sequence] = {}
+        self.costs = measured(self._parts) if self._parts.target.device.type == "cuda" else EngineCosts()
         self._arrivals = 0
+        self._flight: _Flight | None = None
+        self._overlaps = self._parts.target.device.type == "cuda"
+        self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
+        for drafter in self._parts.drafters.values():
+            if isinstance(drafter, ModelDrafter):
+                drafter.warm(self._table, config.policy, config.max_num_seqs)
 
     # ---- requests
 
@@ -78,19 +90,45 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> tuple[list[TokenEvent], StepStats]:
-        """Draft, verify, commit. Events of every row that got tokens or ended; none without work."""
+        """Draft, verify, commit. Events of every row that got tokens or ended; none without work.
+
+        On a GPU the next iteration is begun before this one's events are made and handed out.
+        """
+        flight, self._flight = self._flight or self._begin(), None
+        rows = self._finish(flight)
+        seconds = time.perf_counter() - flight.begin
+        if self._overlaps and self._sequences:
+            self._flight = self._begin()
+        events = [self._event(row, flight) for row in rows if row.samples or row.failed]
+        return events, self._stats(rows, events, flight, seconds)
+
+    def _begin(self) -> _Flight:
+        """Plans an iteration and queues what can be queued without an answer of the device."""
         begin = time.perf_counter()
         rows = self._scheduler.plan(self._limits)
-        if not rows:
-            return [], self._stats([], [], 0.0, 0.0, time.perf_counter() - begin)
-        self._draft(rows)
-        drafted = time.perf_counter()
-        logits = self._run_target(rows)
-        self._verify(rows, logits)
-        verified = time.perf_counter()
-        seconds = (drafted - begin, verified - drafted)
-        events = [event for row in rows if (event := self._commit(row, *seconds)) is not None]
-        return events, self._stats(rows, events, *seconds, time.perf_counter() - begin)
+        flight = _Flight(rows, begin, self._begin_drafts(rows))
+        if rows and not flight.drafts:
+            flight.drafted = time.perf_counter()
+            flight.logits = self._run_target(rows)
+        return flight
+
+    def _finish(self, flight: _Flight) -> list[PlanRow]:
+        """Waits for the drafts, verifies, commits: the rows, but for those that were aborted meanwhile."""
+        for chosen, wait in flight.drafts:
+            for row, draft in zip(chosen, wait(), strict=True):
+                draft.stop_reason = draft.stop_reason or row.sl_reason
+                row.draft = draft
+        rows = [row for row in flight.rows if row.seq.status == "running"]
+        if rows:
+            if flight.logits is None:
+                flight.drafted = time.perf_counter()
+                flight.logits = self._run_target(rows)
+            self._verify(rows, flight.logits)
+            flight.verified = time.perf_counter()
+            self._observe_costs(rows, flight)
+            for row in rows:
+                self._commit(row)
+        return rows
 
     def _limits(self, decoding: list[Sequence]) -> list[tuple[int, str | None]]:
         """What each decoding row may draft: the policy's wish, within caps and the room that is left."""
@@ -116,19 +154,19 @@ class Engine:
             limits.append(min(bounds, key=lambda bound: bound[0]))
         return limits
 
-    def _draft(self, rows: list[PlanRow]) -> None:
+    def _begin_drafts(self, rows: list[PlanRow]) -> list[tuple[list[PlanRow], Drafts]]:
         """A chain for every row that may draft. Rows without room may owe it to the drafter's own KV."""
         for row in rows:
             row.draft.stop_reason = row.sl_reason
+        begun = []
         for name, drafter in self._parts.drafters.items():
             mine = [row for row in rows if row.decodes and row.seq.drafter == name]
             drafter.catch_up([row.seq for row in mine if row.sl_reason == "room"], self._parts.token_budget)
             chosen = [row for row in mine if row.sl > 0]
             if chosen:
-                drafts = drafter.draft([row.seq for row in chosen], [row.sl for row in chosen], self._table)
-                for row, draft in zip(chosen, drafts, strict=True):
-                    draft.stop_reason = draft.stop_reason or row.sl_reason
-                    row.draft = draft
+                limits = [row.sl for row in chosen]
+                begun.append((chosen, drafter.begin([row.seq for row in chosen], limits, self._table)))
+        return begun
 
     def _run_target(self, rows: list[PlanRow]) -> Tensor:
         """One pass over pending and draft tokens; float[M, vocab], of which every row gets its part."""
@@ -140,7 +178,7 @@ class Engine:
             # A chunk that does not sample gives its last logits all the same: they are checked for NaN.
             wanted = len(tokens) if scored else len(row.draft.tokens) + 1
             chunks.append(Chunk(tokens, seq.kv_len, seq.blocks, wanted))
-        batch = Batch.pack(chunks, self._blocks.block_size, self._parts.target.device)
+        batch = Batch.pack(chunks, self._blocks.block_size)
         logits = self._parts.target.forward(batch)[:, : self.info.vocab_size]
         for row, part in zip(rows, logits.split_with_sizes([chunk.logits for chunk in chunks]), strict=True):
             row.logits = part
@@ -162,7 +200,7 @@ class Engine:
         for i, row in enumerate(sampling):
             row.accepted, row.next_token = verdict.accepted[i], verdict.next_token[i]
             row.failed = verdict.failed[i]
-        self._observe([row for row in sampling if row.draft.tokens])
+        self._observe([row for row in sampling if row.draft.tokens and self._table.learns(row.seq)])
 
     def _observe(self, rows: list[PlanRow]) -> None:
         """Tells the policies what became of their drafts."""
@@ -172,46 +210,60 @@ class Engine:
             accepted = torch.tensor([row.accepted for row in rows], device=device)
             self._table.observe([row.seq for row in rows], Outcome(drafted=drafted, accepted=accepted))
 
-    def _commit(self, row: PlanRow, draft_seconds: float, verify_seconds: float) -> TokenEvent | None:
-        """Moves the row on: KV lengths, tokens, and the event if it sampled or failed."""
+    def _observe_costs(self, rows: list[PlanRow], flight: _Flight) -> None:
+        """Only of iterations without prefill: what drafting and verifying alone took."""
+        if all(row.decodes for row in rows):
+            drafts = [len(row.draft.tokens) for row in rows]
+            self.costs.verify.observe(len(rows), len(rows) + sum(drafts), flight.verified - flight.drafted)
+            if steps := max(drafts):
+                drafting = sum(1 for length in drafts if length)
+                self.costs.draft.observe(drafting, drafting, (flight.drafted - flight.begin) / steps)
+
+    def _commit(self, row: PlanRow) -> None:
+        """Moves the row on: KV lengths, tokens, and its end if it has come."""
         seq = row.seq
         assert seq.table is not None and row.logits is not None
         if row.failed:
             self._end(seq)
-            return TokenEvent(id=seq.id, finish_reason="error", error=BAD_LOGITS)
+            return
         score_prompt(row, row.logits)
         seq.kv_len += row.tokens + row.accepted
         seq.draft_kv_len = min(seq.draft_kv_len, seq.kv_len)
-        new, finish, stop_token = cut(row, self.info.eos_token_ids)
-        seq.tokens.extend(new)
+        row.new, row.finish, row.stop_token = cut(row, self.info.eos_token_ids)
+        row.logprobs = score_output(row, row.logits, row.new) if row.samples else None
+        seq.tokens.extend(row.new)
         if seq.counts is not None:
-            seq.counts.add(new)
+            seq.counts.add(row.new)
         done = min(seq.kv_len, len(seq.tokens))
         self._blocks.commit(seq.table, seq.tokens, done)
         self._blocks.commit_draft(seq.table, min(seq.draft_kv_len, done))
-        if not row.samples:
-            return None
-        first, seq.started = not seq.started, True
-        event = TokenEvent(
+        row.first = row.samples and not seq.started
+        seq.started = seq.started or row.samples
+        if row.finish is not None:
+            self._end(seq)
+
+    def _event(self, row: PlanRow, flight: _Flight) -> TokenEvent:
+        """What a row that sampled or failed tells its request."""
+        seq = row.seq
+        if row.failed:
+            return TokenEvent(id=seq.id, finish_reason="error", error=BAD_LOGITS)
+        return TokenEvent(
             id=seq.id,
-            token_ids=tuple(new),
-            logprobs=score_output(row, row.logits, new),
-            prompt_logprobs=tuple(seq.prompt_logprobs) if first and seq.prompt_logprobs else None,
-            finish_reason=finish,
-            stop_token_id=stop_token,
+            token_ids=tuple(row.new),
+            logprobs=row.logprobs,
+            prompt_logprobs=tuple(seq.prompt_logprobs) if row.first and seq.prompt_logprobs else None,
+            finish_reason=row.finish,
+            stop_token_id=row.stop_token,
             policy="none" if seq.drafter == "none" else seq.policy,
             drafter=seq.drafter,
-            iterations=int(not first),
+            iterations=int(not row.first),
             drafted=len(row.draft.tokens),
-            accepted=min(row.accepted, len(new)),
+            accepted=min(row.accepted, len(row.new)),
             stop_reason=row.draft.stop_reason,
-            draft_seconds=draft_seconds if row.draft.tokens else 0.0,
-            verify_seconds=0.0 if first else verify_seconds,
-            cached_tokens=seq.cached_tokens if first else 0,
+            draft_seconds=flight.drafted - flight.begin if row.draft.tokens else 0.0,
+            verify_seconds=0.0 if row.first else flight.verified - flight.drafted,
+            cached_tokens=seq.cached_tokens if row.first else 0,
         )
-        if finish is not None:
-            self._end(seq)
-        return event
 
     def _end(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
@@ -219,7 +271,7 @@ class Engine:
         del self._sequences[seq.id]
 
     def _stats(
-        self, rows: list[PlanRow], events: list[TokenEvent], draft: float, verify: float, step: float
+        self, rows: list[PlanRow], events: list[TokenEvent], flight: _Flight, seconds: float
     ) -> StepStats:
         return StepStats(
             rows=len(rows),
@@ -227,9 +279,9 @@ class Engine:
             emitted=sum(len(event.token_ids) for event in events),
             drafted=sum(len(row.draft.tokens) for row in rows),
             accepted=sum(event.accepted for event in events),
-            draft_seconds=draft,
-            verify_seconds=verify,
-            step_seconds=step,
+            draft_seconds=flight.drafted - flight.begin if rows else 0.0,
+            verify_seconds=flight.verified - flight.drafted if rows else 0.0,
+            step_seconds=seconds,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_blocks_used=self._blocks.used_blocks,
@@ -238,6 +290,18 @@ class Engine:
             prefix_hits=self._blocks.hits,
             preemptions=self._scheduler.preemptions,
         )
+
+
+@dataclass
+class _Flight:
+    """An iteration under way. `drafts`: rows, and what waits for their chains; `logits`: the target's."""
+
+    rows: list[PlanRow]
+    begin: float  # seconds of the host's clock, as are the next two
+    drafts: list[tuple[list[PlanRow], Drafts]]
+    drafted: float = 0.0  # when the drafts were there and the target's pass was queued
+    verified: float = 0.0
+    logits: Tensor | None = None
 
 
 def _tail(row: PlanRow, count: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
@@ -13,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.config import EngineConfig
 from engine.kv.blocks import BlockManager
-from engine.kv.pool import bytes_per_block
+from engine.kv.pool import LayerShape, bytes_per_block
 from engine.models import builtin, load
+from engine.models.decoder import unsupported
 from engine.models.draft import is_draft, read_config
 from engine.models.packed import PackedWeights
+from engine.models.quantize import quantize_linears, shared_weights
 from engine.models.reference import ReferenceRunner
 from engine.models.runner import Runner
 from engine.speculation.drafters.base import Drafter
@@ -59,9 +63,10 @@ def build(config: EngineConfig) -> Parts:
     eos_ids = load.eos_token_ids(model, tokenizer)
     vocab = min(load.real_vocab_size(tokenizer), int(model.config.get_text_config().vocab_size))
     draft_model = _draft_model(config, model, tokenizer, dtype, device)
+    _quantize(config, model, draft_model)
     packed: PackedWeights | None = {} if device.type == "cpu" and dtype == torch.float32 else None
-    target = ReferenceRunner(model, config.block_size, packed)
-    draft = ReferenceRunner(draft_model, config.block_size, packed) if draft_model is not None else None
+    target = _runner(config, model, packed)
+    draft = None if draft_model is None else _runner(config, draft_model, packed)
     runners = [target] if draft is None else [target, draft]
     max_model_len = config.max_model_len or target.context
     if max_model_len > target.context:
@@ -80,6 +85,57 @@ def build(config: EngineConfig) -> Parts:
         bos_id=tokenizer.bos_token_id,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _quantize(config: EngineConfig, target: PreTrainedModel, draft: PreTrainedModel | None) -> None:
+    """Weight-only, in place. An early exit has its target's weights: it is quantized with it."""
+    shared = shared_weights()
+    of_draft = config.draft_quantization
+    if of_draft != "none" and draft is None:
+        raise ConfigError(f"draft_quantization {of_draft!r}: draft {config.draft!r} is no model")
+    if of_draft == "none" and config.draft.startswith("self:"):
+        of_draft = config.quantization
+    for model, kind in ((target, config.quantization), (draft, of_draft)):
+        if model is not None and kind != "none":
+            try:
+                quantize_linears(model, kind, shared=shared)
+            except ValueError as error:
+                raise ConfigError(f"quantization {kind!r}: {error}") from error
+
+
+class AnyRunner(Runner, Protocol):
+    """A runner whose pool is still to be made."""
+
+    shapes: dict[int, LayerShape]
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def allocate(self, blocks: int) -> None: ...
+
+
+def _runner(config: EngineConfig, model: PreTrainedModel, packed: PackedWeights | None) -> AnyRunner:
+    """The fused runner where it can, the reference runner elsewhere."""
+    if config.runner != "reference":
+        refused = _not_fused(model)
+        if refused is None:
+            from engine.models.fused import FusedRunner  # imports triton
+
+            return FusedRunner(model, config.block_size)
+        if config.runner == "fused":
+            raise ConfigError(f"runner 'fused': {refused}")
+        if model.device.type == "cuda":
+            log.warning("the reference runner serves %s: %s", type(model).__name__, refused)
+    return ReferenceRunner(model, config.block_size, packed)
+
+
+def _not_fused(model: PreTrainedModel) -> str | None:
+    """Why the fused runner cannot run the model, or None."""
+    if model.device.type != "cuda":
+        return "it needs a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return unsupported(model)
 
 
 def assemble(
@@ -174,7 +230,7 @@ def _other_digest(draft: Path, tokenizer: PreTrainedTokenizerBase) -> str | None
 
 
 def _count_blocks(
-    config: EngineConfig, runners: list[ReferenceRunner], max_model_len: int, device: torch.device
+    config: EngineConfig, runners: list[AnyRunner], max_model_len: int, device: torch.device
 ) -> int:
     """KV blocks: as configured, or the memory fraction of what is free, but no more than rows can use."""
     size = sum(bytes_per_block(runner.shapes, config.block_size, runner.dtype) for runner in runners)

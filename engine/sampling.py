@@ -51,6 +51,14 @@ def scaled_logits(logits: Tensor, places: Seq[Place], eos_ids: Seq[int]) -> Tens
     return out
 
 
+def plain(seq: Sequence) -> bool:
+    """Whether the law is softmax(logits / temperature), or the argmax, without penalties and filters."""
+    params = seq.params
+    adjusted = _penalised(params) or bool(params.logit_bias) or seq.generated < params.min_tokens
+    filtered = params.temperature > 0 and (params.top_k or params.top_p < 1 or params.min_p)
+    return not adjusted and not filtered
+
+
 def _penalised(params: SamplingParams) -> bool:
     return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 

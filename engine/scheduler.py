@@ -16,13 +16,14 @@ from torch import Tensor
 from engine.kv.blocks import BlockManager
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import RowDraft
+from engine.types import FinishReason, TokenLogprob
 
 MIN_CHUNK = 16  # tokens of prefill that a step makes however many rows decode
 
 
 @dataclass
 class PlanRow:
-    """One row of a step, filled along the way: by the scheduler, the drafter, the target, the verifier."""
+    """One row of a step, filled along the way: by scheduler, drafter, target, verifier and commit."""
 
     seq: Sequence
     tokens: int  # pending tokens of the row that run now
@@ -38,6 +39,12 @@ class PlanRow:
     accepted: int = 0
     next_token: int = -1
     failed: bool = False  # NaN or infinite logits
+
+    new: list[int] = field(default_factory=list)  # tokens that the request gets
+    first: bool = False  # among them its first
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.tokens > 0, "a running row always has a pending token"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from engine.config import DType, EngineConfig
+from engine.config import DType, EngineConfig, Quantization, RunnerKind
 
 
 def _listed(value: Any) -> Any:
@@ -59,6 +59,15 @@ class Settings(BaseSettings):
     max_sl: int = Field(16, ge=0, description="largest speculation lookahead, in tokens")
     token_budget: int | None = Field(None, ge=1, description="tokens of one target pass")
     prefix_cache: bool = Field(True, description="reuse the KV of shared prompt prefixes")
+    runner: RunnerKind = Field(
+        "auto", description="auto: fused on a GPU for the Llama family, reference elsewhere"
+    )
+    quantization: Quantization = Field(
+        "none", description="weight-only, of the target: int8, fp8 or int4; this changes its text"
+    )
+    draft_quantization: Quantization = Field(
+        "none", description="weight-only, of the draft: int8, fp8 or int4; changes only what is accepted"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     trust_remote_code: bool = Field(False, description="run code that comes with a model")
 
@@ -89,4 +98,7 @@ class Settings(BaseSettings):
             prefix_cache=self.prefix_cache,
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
+            runner=self.runner,
+            quantization=self.quantization,
+            draft_quantization=self.draft_quantization,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kv.pool import KVPool
-from engine.models.runner import Batch
+from engine.models.runner import Batch, Inputs
 
 NAME = "disco_paged"
 
@@ -50,7 +50,7 @@ class Group:
         return mask.repeat(1, fold, 1)[:, None]
 
 
-def plan(batch: Batch, block_size: int) -> list[Group]:
+def plan(batch: Batch, inputs: Inputs, block_size: int) -> list[Group]:
     """The groups of one batch; made once and used by every layer."""
     starts = [0]
     for length in batch.query_lens:
@@ -58,13 +58,13 @@ def plan(batch: Batch, block_size: int) -> list[Group]:
     by_length: dict[int, list[int]] = {}
     for row, length in enumerate(batch.query_lens):
         by_length.setdefault(length, []).append(row)
-    device = batch.slots.device
-    return [_group(batch, rows, length, starts, block_size, device) for length, rows in by_length.items()]
+    return [_group(batch, inputs, rows, length, starts, block_size) for length, rows in by_length.items()]
 
 
 def _group(
-    batch: Batch, rows: list[int], length: int, starts: list[int], block_size: int, device: torch.device
+    batch: Batch, inputs: Inputs, rows: list[int], length: int, starts: list[int], block_size: int
 ) -> Group:
+    device = inputs.slots.device
     context = max(batch.context_lens[row] for row in rows)
     queries: Tensor | slice
     kv: Tensor | slice
@@ -78,7 +78,7 @@ def _group(
         kv = slice(blocks[0][0] * block_size, blocks[0][0] * block_size + context)
     else:
         kv = _slots(blocks, [batch.context_lens[row] for row in rows], block_size, device)
-    query_pos = batch.positions[queries].view(len(rows), length)
+    query_pos = inputs.positions[queries].view(len(rows), length)
     return Group(len(rows), length, queries, kv, query_pos, context=context)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -24,7 +25,9 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from engine.models.draft import is_draft, load_draft
+from engine.models.prequantized import check_quantization_config, dequantize_at_load
 from engine.models.references import ModelError, ModelNotFound, UnsafeWeights, first_line, quiet, resolve
+from engine.types import CannotLoad
 
 __all__ = [
     "ModelError",
@@ -95,8 +98,12 @@ def load_model(
     attention: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with quiet(progress=True):
         try:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+            dequantize_at_load(config)
+            check_quantization_config(config, device)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
+                config=config,
                 dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,
@@ -104,6 +111,8 @@ def load_model(
                 output_loading_info=True,
                 **attention,
             )
+        except CannotLoad as error:
+            raise ModelError(f"model {reference!r}: {error}") from error
         except _LOAD_ERRORS as error:
             raise _load_error(reference, error) from error
     model: PreTrainedModel = loaded[0]

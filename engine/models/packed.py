@@ -63,7 +63,7 @@ def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def can_pack() -> bool:
     """Whether this torch has the operations."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 PackedWeights = dict[tuple[int, ...], tuple[list[Tensor], Tensor]]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from engine.kv.pool import KVPool, LayerShape
-from engine.models import attention
+from engine.models import attention, selfcheck
 from engine.models.packed import PackedWeights, can_pack, pack_linears
 from engine.models.packed_llama import int8_layers, pack_llama_layers
-from engine.models.runner import Batch, Chunk
-from engine.types import CannotLoad
+from engine.models.runner import Batch
+from engine.models.selfcheck import UnsupportedModel
 
 AttentionInterface.register(attention.NAME, attention.paged_attention)
 
@@ -40,10 +40,6 @@ _IGNORED = {
 """Keywords that change nothing in inference over a causal row. Any other that is set is refused."""
 
 
-class UnsupportedModel(CannotLoad):
-    """The model needs something that paged attention does not do."""
-
-
 class ReferenceRunner:
     """Runs a transformers model over the paged KV.
 
@@ -62,7 +58,7 @@ class ReferenceRunner:
         if not getattr(model, "_supports_attention_backend", False):
             raise UnsupportedModel(f"{self.name} does not support attention functions in transformers")
         _refuse_batch_dependence(model)
-        expected = _own_logits(model)
+        expected = selfcheck.own_logits(model)
         model.config._attn_implementation = attention.NAME
         self._int8 = packed is not None and can_pack() and int8_layers(model)
         if packed is not None and can_pack():
@@ -72,7 +68,9 @@ class ReferenceRunner:
             if hasattr(module, "layer_idx"):
                 module.__dict__["paged"] = self._attend
         self._probe()
-        self._check(expected)
+        exact = self.dtype in (torch.float32, torch.float64) and not self._int8
+        selfcheck.check(self, self.name, block_size, expected, exact)
+        self._pool = None
 
     @property
     def vocab_size(self) -> int:
@@ -94,14 +92,18 @@ class ReferenceRunner:
         """Makes the KV pool."""
         self._pool = KVPool(self.shapes, blocks, self.block_size, self.dtype, self.device)
 
+    def warm(self, rows: int, longest: int) -> None:
+        return None
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        self._slots, self._groups = batch.slots, attention.plan(batch, self.block_size)
+        inputs = batch.on_device(self.device)
+        self._slots, self._groups = inputs.slots, attention.plan(batch, inputs, self.block_size)
         output = self.model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
             use_cache=False,
-            logits_to_keep=batch.logits_at,
+            logits_to_keep=inputs.logits_at,
         )
         logits: Tensor = output.logits[0]
         return logits
@@ -142,30 +144,6 @@ class ReferenceRunner:
         if not self.shapes:
             raise UnsupportedModel(f"{self.name} has no attention layer that a paged KV could serve")
 
-    def _check(self, expected: Tensor) -> None:
-        """Two chunks over scattered blocks, beside another row, must give the model's own logits."""
-        ids = _probe_ids(self.vocab_size)
-        self.allocate(3 * -(-len(ids) // self.block_size))
-        split, last = len(ids) - 8, len(ids) // self.block_size
-        table, other = [2 * i + 1 for i in range(last + 1)], [2 * i for i in range(last + 1)]
-        chunks = [Chunk(ids[:split], 0, table, split), Chunk(ids[:8], 0, other, 0)]
-        first = self.forward(Batch.pack(chunks, self.block_size, self.device))
-        chunks = [Chunk(ids[8:10], 8, other, 0), Chunk(ids[split:], split, table, 8)]
-        second = self.forward(Batch.pack(chunks, self.block_size, self.device))
-        got = torch.cat([first, second]).float()
-        if bool(expected.isnan().any()):
-            raise UnsupportedModel(f"{self.name}: its logits are NaN")
-        known = expected > float("-inf")  # a head over a reduced vocabulary says -inf elsewhere
-        exact = self.dtype in (torch.float32, torch.float64) and not self._int8
-        tolerance = (1e-3 if exact else 0.1) * expected[known].abs().max().clamp(min=1)
-        off = torch.where(known, got - expected, torch.where(got == expected, 0.0, float("inf")))
-        worst = off.abs().max()
-        self._pool = None
-        if not bool(worst <= tolerance):
-            raise UnsupportedModel(
-                f"{self.name} does not run over a paged KV: logits {float(worst):.3g} off its own"
-            )
-
 
 def _refuse_batch_dependence(model: PreTrainedModel) -> None:
     """Rotary frequencies that follow the longest row would let one request change another's text."""
@@ -175,15 +153,3 @@ def _refuse_batch_dependence(model: PreTrainedModel) -> None:
             if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
                 name = type(model).__name__
                 raise UnsupportedModel(f"{name} has {kind} rotary frequencies, which follow the longest row")
-
-
-def _probe_ids(vocab_size: int) -> list[int]:
-    return [(7 * i + 3) % vocab_size for i in range(28)]
-
-
-def _own_logits(model: PreTrainedModel) -> Tensor:
-    """float32[T, V]: the model's own forward over the probe, before anything is changed."""
-    ids = torch.tensor([_probe_ids(int(model.config.get_text_config().vocab_size))], device=model.device)
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return logits.float()

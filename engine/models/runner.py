@@ -21,45 +21,53 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B ragged rows packed to N tokens; M of the tokens give logits."""
+class Inputs:
+    """What a model reads of a batch, on its device."""
 
-    input_ids: Tensor  # int64[N]
+    ids: Tensor  # int64[N]
     positions: Tensor  # int64[N]
     slots: Tensor  # int64[N], where the KV pool keeps each token: block * block_size + offset
     logits_at: Tensor  # int64[M], indices into N
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B ragged rows packed to N tokens; M of the tokens give logits."""
+
+    ids: list[int]  # [N]
+    logits_at: list[int]  # [M], indices into N
     query_lens: list[int]  # [B]
     context_lens: list[int]  # [B], KV length after this pass
     block_tables: list[Seq[int]]  # [B][blocks]
+    block_size: int
 
     @classmethod
-    def pack(cls, chunks: Seq[Chunk], block_size: int, device: torch.device) -> Batch:
+    def pack(cls, chunks: Seq[Chunk], block_size: int) -> Batch:
         ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
         logits_at: list[int] = []
         for chunk in chunks:
-            end = chunk.start + len(chunk.tokens)
             ids.extend(chunk.tokens)
-            positions.extend(range(chunk.start, end))
-            blocks = chunk.blocks
-            slots.extend(
-                blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, end)
-            )
             logits_at.extend(range(len(ids) - chunk.logits, len(ids)))
-
-        def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
         return cls(
-            input_ids=tensor(ids),
-            positions=tensor(positions),
-            slots=tensor(slots),
-            logits_at=tensor(logits_at),
+            ids=ids,
+            logits_at=logits_at,
             query_lens=[len(chunk.tokens) for chunk in chunks],
             context_lens=[chunk.start + len(chunk.tokens) for chunk in chunks],
             block_tables=[chunk.blocks for chunk in chunks],
+            block_size=block_size,
         )
+
+    def on_device(self, device: torch.device) -> Inputs:
+        """By one copy."""
+        size = self.block_size
+        positions: list[int] = []
+        slots: list[int] = []
+        for query, context, blocks in zip(self.query_lens, self.context_lens, self.block_tables, strict=True):
+            positions.extend(range(context - query, context))
+            slots.extend(blocks[p // size] * size + p % size for p in range(context - query, context))
+        packed = torch.tensor([*self.ids, *positions, *slots, *self.logits_at], dtype=torch.int64)
+        packed = packed.to(device, non_blocking=True)
+        return Inputs(*packed.split_with_sizes([len(self.ids)] * 3 + [len(self.logits_at)]))
 
 
 class Runner(Protocol):
@@ -80,4 +88,8 @@ class Runner(Protocol):
 
     def forward(self, batch: Batch) -> Tensor:
         """Writes the batch's KV and returns logits [M, vocab_size]."""
+        ...
+
+    def warm(self, rows: int, longest: int) -> None:
+        """Readies what passes over up to `rows` rows of up to `longest` tokens will need."""
         ...

@@ -20,10 +20,14 @@ class PolicyTable:
     def __init__(self, slots: int, device: torch.device) -> None:
         self._device = device
         self._policies = policies()
+        # One slot more than rows: what the padding of a captured graph reads and writes.
+        self.spare_slot = slots
         self._states: dict[str, State] = {
-            p: self._policies[p].allocate(slots, device) for p in self._policies
+            p: self._policies[p].allocate(slots + 1, device) for p in self._policies
         }
+        self._numbers = {name: i for i, name in enumerate(sorted(self._policies))}
         self._free = list(range(slots - 1, -1, -1))
+        self._limits: dict[int, int] = {}  # by slot; constants of policies that do not learn
 
     def take(self, seq: Sequence) -> None:
         """Gives the sequence a slot, reset to its options or as it was put aside.
@@ -31,6 +35,7 @@ class PolicyTable:
         The caller keeps to `slots` sequences at a time.
         """
         seq.slot = self._free.pop()
+        self._limits.pop(seq.slot, None)
         state = self._states[seq.policy]
         self._policies[seq.policy].reset(state, seq.slot, seq.options)
         for name, value in (seq.policy_state or {}).items():
@@ -51,13 +56,16 @@ class PolicyTable:
 
     def needs(self, rows: Seq[Sequence]) -> frozenset[Need]:
         """The signals that the rows' policies read; empty if none is asked while drafting."""
-        return frozenset().union(*(self._policies[name].needs for name in {row.policy for row in rows}))
+        return self.needs_of(list({row.policy for row in rows}))
 
     def limits(self, rows: Seq[Sequence]) -> list[int]:
-        """What each row's policy wants to draft at most."""
-        answers = [(name, policy.limit(state)) for name, policy, state in self._in_use(rows)]
-        limits: list[int] = self._merge(rows, answers).tolist()
-        return limits
+        """What each row's policy wants to draft at most. Read back only where it may have changed."""
+        unknown = [row for row in rows if self.learns(row) or row.slot not in self._limits]
+        if unknown:
+            answers = [(name, policy.limit(state)) for name, policy, state in self._in_use(unknown)]
+            for row, limit in zip(unknown, self._merge(unknown, answers).tolist(), strict=True):
+                self._limits[row.slot] = limit
+        return [self._limits[row.slot] for row in rows]
 
     def keep_drafting(self, rows: Seq[Sequence], signals: Signals) -> list[bool]:
         """Draft one more? By row; the one read-back of a draft step."""
@@ -68,9 +76,35 @@ class PolicyTable:
         keep: list[bool] = self._merge(rows, answers).tolist()
         return keep
 
+    def number(self, policy: str) -> int:
+        """What stands for the policy in the `numbers` of `decide`."""
+        return self._numbers[policy]
+
+    def decide(self, names: Seq[str], slots: Tensor, numbers: Tensor, signals: Signals) -> Tensor:
+        """bool[B]: draft one more? All on the device, with no read-back: what a graph captures.
+
+        `names`: the policies in use; slots int64[B], numbers int64[B] of each row's own.
+        """
+        keep = torch.ones_like(signals.alive)
+        for name in names:
+            policy, state = self._policies[name], self._states[name]
+            if policy.needs:
+                state.rows = slots
+                answer = policy.keep_drafting(signals, state)
+                keep = torch.where(numbers == self._numbers[name], answer, keep)
+        return keep
+
+    def needs_of(self, names: Seq[str]) -> frozenset[Need]:
+        """The signals that these policies read."""
+        return frozenset().union(*(self._policies[name].needs for name in names))
+
     def observe(self, rows: Seq[Sequence], outcome: Outcome) -> None:
         for _, policy, state in self._in_use(rows):
             policy.observe(outcome, state)
+
+    def learns(self, seq: Sequence) -> bool:
+        """Whether the row's policy is to be told of outcomes."""
+        return self._policies[seq.policy].learns
 
     def _in_use(self, rows: Seq[Sequence]) -> list[tuple[str, StopPolicy, State]]:
         slots = torch.tensor([row.slot for row in rows], dtype=torch.int64, device=self._device)

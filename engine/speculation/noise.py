@@ -33,6 +33,11 @@ def _key(seed: int, stream: int, counter: int) -> int:
     return _mix((state + counter * _STEP) & _MASK)
 
 
+def coupled_state(seed: int) -> int:
+    """What of g(seed, position) does not depend on the position, as int64: where kernels go on from."""
+    return _signed(_mix(((seed & _MASK) + _COUPLED * _STEP) & _MASK))
+
+
 def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 

@@ -31,7 +31,7 @@ class Signals:
     `step` is the number of tokens drafted in this iteration, including this one.
     """
 
-    step: int
+    step: Tensor  # int64[]
     token: Tensor  # int64[B], drafted token
     position: Tensor  # int64[B]
     alive: Tensor  # bool[B], rows that drafted this token (others carry values without meaning)
@@ -79,6 +79,9 @@ class StopPolicy(Protocol):
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]]
     needs: ClassVar[frozenset[Need]]  # empty: keep_drafting is not asked, `limit` alone decides
+    learns: ClassVar[
+        bool
+    ]  # whether `observe` changes anything; if not, it is not called and `limit` is constant
 
     def allocate(self, slots: int, device: torch.device) -> State:
         """State for `slots` rows."""

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from engine.sampling import Place, scaled_logits
+from engine.sampling import Place, plain, scaled_logits
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import RowDraft
-from engine.speculation.noise import GumbelNoise, RandomSource
+from engine.speculation.noise import GumbelNoise, RandomSource, coupled_state
+
+if TYPE_CHECKING:
+    from engine.models.kernels.choose import Chooser
 
 
 @dataclass
@@ -33,9 +37,13 @@ class Verdict:
 class Verifier:
     def __init__(self, eos_ids: Seq[int], noise: GumbelNoise, random: RandomSource) -> None:
         self._eos_ids, self._noise, self._random = eos_ids, noise, random
+        self._chooser: Chooser | None = None
+        self._most = 0  # rows it has room for
 
     def verify(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
         """`logits` [sum(len(draft) + 1), V]: the target's at every position of every row, in order."""
+        if logits.is_cuda and all(row.coupled and plain(row) for row in rows):
+            return self._on_device(rows, drafts, logits)
         places = [
             Place(row, draft.tokens[:k])
             for row, draft in zip(rows, drafts, strict=True)
@@ -59,6 +67,42 @@ class Verifier:
             self._coupled(coupled, starts, rows, drafts, scaled, verdict)
         if rejection:
             self._rejection(rejection, starts, rows, drafts, scaled, verdict)
+        return verdict
+
+    def _on_device(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
+        """Coupled rows without penalties and filters: two kernels and one read-back."""
+        from engine.models.kernels.choose import Chooser  # imports triton
+
+        count = logits.shape[0]
+        if self._chooser is None or self._most < count:
+            self._most = max(64, 1 << (count - 1).bit_length())
+            self._chooser = Chooser(self._most, logits.shape[1], logits.device)
+        wide: list[int] = []
+        temperatures: list[float] = []
+        for row, draft in zip(rows, drafts, strict=True):
+            state, at = coupled_state(row.seed), len(row.tokens)
+            for k in range(len(draft.tokens) + 1):
+                wide.extend((state, at + k))
+                temperatures.append(row.params.temperature)
+        host = torch.tensor(wide, dtype=torch.int64).view(-1, 2).T.contiguous().pin_memory()
+        states, positions = host.to(logits.device, non_blocking=True)
+        heat = (
+            torch.tensor(temperatures, dtype=torch.float32).pin_memory().to(logits.device, non_blocking=True)
+        )
+        places = torch.arange(count, dtype=torch.int32, device=logits.device)
+        choice = self._chooser(logits, places, states, positions, heat)
+        found = torch.where(choice.fine[:count] != 0, choice.token[:count], -1).tolist()
+        verdict = Verdict([], [], [])
+        start = 0
+        for draft in drafts:
+            mine = found[start : start + len(draft.tokens) + 1]
+            start += len(mine)
+            accepted = 0
+            while accepted < len(draft.tokens) and draft.tokens[accepted] == mine[accepted]:
+                accepted += 1
+            verdict.accepted.append(accepted)
+            verdict.next_token.append(mine[accepted])
+            verdict.failed.append(-1 in mine)
         return verdict
 
     def _coupled(

@@ -99,7 +99,7 @@ def test_logits_are_the_models_own(name: str, dtype: torch.dtype, tolerance: flo
         active = [r for r, row in enumerate(rows) if start < len(row)]
         chunks = [Chunk(rows[r][start : start + chunk], start, tables[r]) for r in active]
         chunks = [Chunk(c.tokens, c.start, c.blocks, len(c.tokens)) for c in chunks]
-        logits = runner.forward(Batch.pack(chunks, BLOCK, runner.device))
+        logits = runner.forward(Batch.pack(chunks, BLOCK))
         for r, part in zip(active, logits.split([len(c.tokens) for c in chunks]), strict=True):
             got[r].append(part.float())
     for want, parts in zip(expected, got, strict=True):

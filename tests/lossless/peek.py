@@ -35,6 +35,7 @@ class Peek:
     name: ClassVar[str] = "peek"
     Options: ClassVar[type[msgspec.Struct]] = PeekOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"prob"})
+    learns: ClassVar[bool] = True
 
     def allocate(self, slots: int, device: torch.device) -> State:
         no = torch.zeros(slots, dtype=torch.bool, device=device)

@@ -40,7 +40,8 @@ class ToyRunner:
 
     def forward(self, batch: Batch) -> Tensor:
         """float64 [M, vocab_size]."""
-        entries = zip(batch.slots.tolist(), batch.input_ids.tolist(), batch.positions.tolist(), strict=True)
+        inputs = batch.on_device(self.device)
+        entries = zip(inputs.slots.tolist(), batch.ids, inputs.positions.tolist(), strict=True)
         for slot, token, position in entries:
             self._kv[slot] = token + _SPACING * position
         lengths = [  # of the context that token i of the pass sees, and its row's blocks
@@ -50,8 +51,11 @@ class ToyRunner:
             )
             for j in range(query)
         ]
-        rows = [self._logits(self._read(*lengths[at])) for at in batch.logits_at.tolist()]
+        rows = [self._logits(self._read(*lengths[at])) for at in batch.logits_at]
         return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self.vocab_size)
+
+    def warm(self, rows: int, longest: int) -> None:
+        return None
 
     def _read(self, length: int, table: Seq[int]) -> Context:
         size = self._block_size

@@ -631,7 +631,8 @@ def test_nan_logits_end_that_request_alone(monkeypatch: pytest.MonkeyPatch):
         passes += 1
         if passes == 4:
             start = sum(batch.query_lens[:row])
-            mine = (batch.logits_at >= start) & (batch.logits_at < start + batch.query_lens[row])
+            logits_at = torch.tensor(batch.logits_at)
+            mine = (logits_at >= start) & (logits_at < start + batch.query_lens[row])
             logits[mine] = float("nan")
         return logits
 

@@ -27,7 +27,7 @@ IDS = [(7 * i + 3) % 61 for i in range(40)]
 
 def logits(runner: ReferenceRunner) -> torch.Tensor:
     runner.allocate(8)
-    return runner.forward(Batch.pack([Chunk(IDS, 0, [5, 1, 7], len(IDS))], 16, torch.device("cpu")))
+    return runner.forward(Batch.pack([Chunk(IDS, 0, [5, 1, 7], len(IDS))], 16))
 
 
 def layers(runner: ReferenceRunner) -> list[type]:

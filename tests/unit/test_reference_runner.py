@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def verify(lengths: tuple[int, ...]) -> Iterator[list[int]]:
 SCHEDULES = [whole, chunks, decode, verify]
 
 
-def paged_logits(runner: ReferenceRunner, steps: Iterator[list[int]], seed: int) -> list[torch.Tensor]:
+def paged_logits(runner: Any, steps: Iterator[list[int]], seed: int) -> list[torch.Tensor]:
     """Logits at every position of every row; whatever the rows do not write is NaN."""
     runner.allocate(BLOCKS)
     assert runner._pool is not None
@@ -174,7 +175,7 @@ def paged_logits(runner: ReferenceRunner, steps: Iterator[list[int]], seed: int)
     for step in steps:
         active = [r for r, count in enumerate(step) if count]
         batch = [Chunk(rows()[r][done[r] : done[r] + step[r]], done[r], tables[r], step[r]) for r in active]
-        logits = runner.forward(Batch.pack(batch, BLOCK, runner.device))
+        logits = runner.forward(Batch.pack(batch, BLOCK))
         for r, part in zip(active, logits.split([step[r] for r in active]), strict=True):
             got[r].append(part)
             done[r] += step[r]
@@ -217,7 +218,7 @@ def test_only_the_wanted_positions_give_logits():
         Chunk(row[:20], 0, table, wanted)
         for row, table, wanted in zip(rows(), tables, (0, 1, 20), strict=True)
     ]
-    got = runner.forward(Batch.pack(first, BLOCK, runner.device))
+    got = runner.forward(Batch.pack(first, BLOCK))
     want = torch.cat([expected[1][19:20], expected[2][:20]])
     torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
 
@@ -230,12 +231,12 @@ def test_a_block_that_two_rows_share_serves_both():
         expected = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in (row, other)]
     runner = ReferenceRunner(model, BLOCK)
     runner.allocate(BLOCKS)
-    runner.forward(Batch.pack([Chunk(row[:8], 0, [7, 3], 1)], BLOCK, runner.device))
+    runner.forward(Batch.pack([Chunk(row[:8], 0, [7, 3], 1)], BLOCK))
     tails = [
         Chunk(row[8:14], 8, [7, 3, 20, 21], 6),
         Chunk(other[8:], 8, [7, 3, 11, 2], 6),
     ]
-    got = runner.forward(Batch.pack(tails, BLOCK, runner.device))
+    got = runner.forward(Batch.pack(tails, BLOCK))
     torch.testing.assert_close(got, torch.cat([expected[0][8:14], expected[1][8:]]), atol=TOLERANCE, rtol=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +26,10 @@ class RowDraft:
     stop_reason: str | None = None  # policy, cap, room, drafter; None if nothing was to be drafted
 
 
+Drafts = Callable[[], list[RowDraft]]
+"""Waits for the drafts."""
+
+
 class Drafter(Protocol):
     def room(self, seq: Sequence) -> int:
         """The most tokens that the drafter could propose for the row now (its context; 0 if it lags)."""
@@ -34,10 +39,11 @@ class Drafter(Protocol):
         """Fills the drafter's own KV of rows that lag too far to draft, `budget` tokens in all."""
         ...
 
-    def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
-        """One chain for each row, at most limits[i] >= 1 tokens, stopped early by the row's policy.
+    def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
+        """Starts one chain for each row, at most limits[i] >= 1 tokens, stopped early by the row's policy.
 
-        Every token that was sampled is in the result: dropping one would bias the output. A
-        `stop_reason` is set where a policy or the drafter stopped before the limit.
+        What it returns waits for the chains; on a GPU the caller may do other things first. Every token
+        that was sampled is in the result: dropping one would bias the output. A `stop_reason` is set
+        where a policy or the drafter stopped before the limit.
         """
         ...

@@ -7,19 +7,23 @@ lags one token behind after a full acceptance and any number after SL=0, and cat
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from engine.kv.blocks import BlockManager
 from engine.models.runner import Batch, Chunk, Runner
-from engine.sampling import Place, scaled_logits
+from engine.sampling import Place, plain, scaled_logits
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.base import Drafts, RowDraft
 from engine.speculation.features import signals
 from engine.speculation.noise import GumbelNoise, RandomSource
 from engine.speculation.policy import Need, Signals
+
+if TYPE_CHECKING:
+    from engine.speculation.drafters.loop import DraftLoop
 
 SMALL_LAG = 16  # tokens that the first draft step feeds along; more is caught up first, in chunks
 
@@ -38,6 +42,8 @@ class ModelDrafter:
     ) -> None:
         self.runner, self._blocks, self._vocab, self._eos_ids = runner, blocks, vocab, eos_ids
         self._noise, self._random = noise, random
+        self._loops = runner.device.type == "cuda" and hasattr(runner, "decode")
+        self._loop: DraftLoop | None = None
 
     def room(self, seq: Sequence) -> int:
         if self._lags(seq):
@@ -58,6 +64,30 @@ class ModelDrafter:
                 budget -= take
         if chunks:
             self._forward(chunks)
+
+    def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
+        loop = self._device_loop(table)
+        if loop is not None and len(rows) <= 64 and all(row.coupled and plain(row) for row in rows):
+            return loop.begin(rows, limits)
+        drafts = self.draft(rows, limits, table)
+        return lambda: drafts
+
+    def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
+        """Compiles and captures on a GPU what drafting for up to `rows` rows under the policy needs."""
+        loop = self._device_loop(table)
+        size = 1
+        while loop is not None and size <= min(rows, 64):
+            loop.warm([policy], size)
+            size *= 2
+
+    def _device_loop(self, table: PolicyTable) -> DraftLoop | None:
+        """None where the runner has no kernels: the host drafts step by step."""
+        if self._loop is None and self._loops:
+            from engine.speculation.drafters.loop import DraftLoop  # imports triton
+
+            blocks = -(-self.runner.context // self._blocks.block_size) + 2
+            self._loop = DraftLoop(cast(Any, self.runner), self._vocab, table, blocks)
+        return self._loop
 
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
         drafts = [RowDraft() for _ in rows]
@@ -85,7 +115,7 @@ class ModelDrafter:
         return drafts
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
-        batch = Batch.pack(chunks, self._blocks.block_size, self.runner.device)
+        batch = Batch.pack(chunks, self._blocks.block_size)
         return self.runner.forward(batch)[:, : self._vocab]
 
     def _chunk(self, row: Sequence, draft: RowDraft) -> Chunk:
@@ -140,7 +170,7 @@ class ModelDrafter:
             joint[at] *= found["prob"]
         position = [row.generated + step - 1 for row in rows]
         return Signals(
-            step=step,
+            step=torch.tensor(step),
             token=tokens,
             position=torch.tensor(position, device=tokens.device),
             alive=torch.ones_like(tokens, dtype=torch.bool),

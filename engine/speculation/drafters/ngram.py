@@ -14,7 +14,7 @@ import torch
 
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.base import Drafts, RowDraft
 from engine.speculation.features import TOP
 from engine.speculation.ngrams import NgramIndex
 from engine.speculation.policy import Signals
@@ -29,6 +29,10 @@ class NgramDrafter:
 
     def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
         return None  # it has no KV; draft() keeps the index up
+
+    def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
+        drafts = self.draft(rows, limits, table)
+        return lambda: drafts
 
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
         for row in rows:
@@ -78,7 +82,7 @@ class NgramDrafter:
             return torch.tensor(values, dtype=torch.int64, device=self._device)
 
         return Signals(
-            step=step,
+            step=torch.tensor(step),
             token=ints([drafts[i].tokens[-1] for i in found]),
             position=ints([rows[i].generated + step - 1 for i in found]),
             alive=torch.ones(len(found), dtype=torch.bool, device=self._device),

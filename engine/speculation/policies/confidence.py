@@ -35,6 +35,7 @@ class Confidence:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = ConfidenceOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"prob", "top", "joint"})
+    learns: ClassVar[bool] = False
 
     def allocate(self, slots: int, device: torch.device) -> State:
         zeros = torch.zeros(slots, dtype=torch.int64, device=device)

@@ -27,6 +27,7 @@ class Heuristic:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = HeuristicOptions
     needs: ClassVar[frozenset[Need]] = frozenset()
+    learns: ClassVar[bool] = True
 
     def allocate(self, slots: int, device: torch.device) -> State:
         zeros = torch.zeros(slots, dtype=torch.int64, device=device)

@@ -26,6 +26,7 @@ class Static:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = StaticOptions
     needs: ClassVar[frozenset[Need]] = frozenset()
+    learns: ClassVar[bool] = False
 
     def allocate(self, slots: int, device: torch.device) -> State:
         return State({"sl": torch.zeros(slots, dtype=torch.int64, device=device)})

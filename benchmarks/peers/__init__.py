@@ -1,0 +1,1 @@
+"""What disco-serve is measured against, each under the same load."""

@@ -1,0 +1,281 @@
+"""Host side of `kernels/decode.cu`: one launch for a pass over at most 16 tokens, in bfloat16.
+
+A pass of few tokens is bound by reading the weights. Launched kernel by kernel, the memory idles
+while each one starts and ends; this one keeps a ring of weight tiles filling on every
+multiprocessor across all products, attentions and synchronisations of the pass. It is CUDA and not
+Triton because Triton has no warps with different roles and no barrier over the grid. It is compiled
+at start by NVRTC, which comes with torch, for the model's shape.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.kv.pool import KVPool
+from engine.models.decoder import Decoder
+
+MOST = 16  # tokens, and rows
+META = 8 + 7 * MOST
+"""int32 words of `Meta` in decode.cu: tokens, rows, 6 spare; then by row start, begin, length, line of the
+tables; then by token id, position, mask. A row's tokens are neighbours; `start` is its KV length before."""
+
+_SOURCES = Path(__file__).parent / "kernels"
+_SHARED_LIMIT = 227 * 1024
+_KC, _WARPS, _GROUP = 1024, 8, 12
+_STAGE = 8 * (_KC * 2 + 64)
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` in decode.cu: addresses."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            *("qkv", "out", "gate_up", "down", "qkv_bias", "out_bias"),
+            *("norm_in", "norm_mid", "query_norm", "key_norm", "k", "v"),
+        )
+    ]
+
+
+class _Params(ctypes.Structure):
+    """`Params` in decode.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("layers", "embed", "hidden", "norm", "head", "inv_freq")),
+        *((name, ctypes.c_uint64) for name in ("meta", "tables", "logits", "hn", "attn", "act")),
+        *((name, ctypes.c_uint64) for name in ("qkv", "sumsq", "part", "part_ml", "launches")),
+        ("table_stride", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("eps", "rope_scale", "scale")),
+    ]
+
+
+def why_not(decoder: Decoder, block_size: int) -> str | None:
+    """Why a model's passes cannot go through the kernel, or None."""
+    if decoder.device.type != "cuda" or torch.cuda.get_device_capability(decoder.device) < (9, 0):
+        return "it needs a GPU of compute capability 9.0 or newer"
+    if decoder.dtype != torch.bfloat16:
+        return f"the weights are {decoder.dtype}, not bfloat16"
+    if decoder.head_dim not in (64, 128) or block_size != 16:
+        return f"heads of {decoder.head_dim} over blocks of {block_size}"
+    if any(n % 32 for n in (decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim)):
+        return "a width is no multiple of 32"
+    matrices = [m for layer in decoder.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    if not all(isinstance(m, Tensor) for m in [*matrices, _head_weight(decoder)]):
+        return "its weights are quantized"
+    if any(layer.window is not None for layer in decoder.layers):
+        return "it has sliding windows"
+    if any(each is not None for layer in decoder.layers for each in (layer.gate_up_bias, layer.down_bias)):
+        return "its MLP has biases"
+    return None
+
+
+class DecodeKernel:
+    """The kernel for one model, for at most 8 and at most 16 tokens.
+
+    `logits` float32[16, known] is what the last launch wrote; `known` is the head's own rows. `meta`
+    int32[META] and `tables` int32[16, width] are read by the launch where they lie, so that earlier
+    kernels may write them.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, device = decoder, decoder.device
+        head = _head_weight(decoder)
+        assert head is not None
+        self.known = head.shape[0]
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._head = head
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.logits = floats(MOST, self.known)
+        self.hidden = floats(MOST, decoder.hidden)  # a draft's embedding may be reduced: computed before
+        # What one stage hands to the next, absent (all bits set) until it is stored; two copies of each.
+        sizes = {
+            "hn": 3 * 2 * MOST * decoder.hidden * 2,
+            "attn": 2 * MOST * decoder.heads * decoder.head_dim * 2,
+            "act": 2 * MOST * decoder.inner * 2,
+            "qkv": 2 * MOST * (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim * 4,
+            "sumsq": 3 * 2 * self._processors * MOST * 4,
+            "part": 2 * self._processors * 16 * decoder.head_dim * 4,
+            "part_ml": 2 * self._processors * 16 * 2 * 4,
+        }
+        self._work = {
+            name: torch.full((size,), 255, dtype=torch.uint8, device=device) for name, size in sizes.items()
+        }
+        self._work["launches"] = torch.zeros(1, dtype=torch.int32, device=device)
+        self._layers: Tensor | None = None
+        self._functions: dict[int, tuple[Any, int]] = {}
+        self._params: dict[tuple[int, int, int], tuple[Any, int]] = {}
+        from cuda.bindings import driver
+
+        self._launch: Any = driver.cuLaunchKernel
+        self._embed = decoder.embed.weight if isinstance(decoder.embed, torch.nn.Embedding) else None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the kernel looks tokens up itself; else `hidden` must hold their embeddings."""
+        return self._embed is not None
+
+    def attach(self, pool: KVPool) -> None:
+        """Reads and writes this pool from now on."""
+        table = (_Layer * len(self._decoder.layers))()
+        for i, layer in enumerate(self._decoder.layers):
+            values = (
+                layer.qkv, layer.out, layer.gate_up, layer.down, layer.qkv_bias, layer.out_bias,
+                layer.norm_in, layer.norm_mid, layer.query_norm, layer.key_norm, pool.keys[i], pool.values[i],
+            )  # fmt: skip
+            table[i] = _Layer(*(each.data_ptr() if isinstance(each, Tensor) else 0 for each in values))
+        self._params.clear()
+        self._layers = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self._decoder.device)
+
+    def compile(self) -> None:
+        """Builds both variants now rather than at their first launch (seconds each)."""
+        for most in (8, MOST):
+            self._function(most)
+
+    def launch(self, meta: Tensor, tables: Tensor, most: int) -> None:
+        """Queues a pass on the current stream. `most` >= meta's number of tokens; none does nothing."""
+        assert self._layers is not None
+        key = meta.data_ptr(), tables.data_ptr(), tables.stride(0)
+        if key not in self._params:
+            if len(self._params) > 256:
+                self._params.clear()
+            self._params[key] = self._parameters(*key)
+        function, shared = self._function(8 if most <= 8 else MOST)
+        stream = torch.cuda.current_stream(self._decoder.device).cuda_stream
+        _checked(
+            self._launch(
+                function, self._processors, 1, 1, _WARPS * 32 + 64, 1, 1, shared, stream,
+                self._params[key][1], 0,
+            )
+        )  # fmt: skip
+
+    def _parameters(self, meta: int, tables: int, stride: int) -> tuple[Any, int]:
+        """What a launch is given, and the address of its address."""
+        decoder = self._decoder
+        assert self._layers is not None
+        params = _Params(
+            layers=self._layers.data_ptr(),
+            embed=0 if self._embed is None else self._embed.data_ptr(),
+            hidden=self.hidden.data_ptr(),
+            norm=decoder.norm.data_ptr(),
+            head=self._head.data_ptr(),
+            inv_freq=decoder.inv_freq.data_ptr(),
+            meta=meta,
+            tables=tables,
+            logits=self.logits.data_ptr(),
+            table_stride=stride,
+            eps=decoder.eps,
+            rope_scale=decoder.rope_scale,
+            scale=decoder.scaling,
+            **{name: tensor.data_ptr() for name, tensor in self._work.items()},
+        )
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        return (params, pointers), ctypes.addressof(pointers)
+
+    def _function(self, most: int) -> tuple[Any, int]:
+        """The compiled kernel and its shared memory in bytes."""
+        if most not in self._functions:
+            self._functions[most] = self._load(most)
+        return self._functions[most]
+
+    def _load(self, most: int) -> tuple[Any, int]:
+        from cuda.bindings import driver
+
+        d = self._decoder
+        fixed = self._shared_bytes(most)
+        stages = (_SHARED_LIMIT - fixed) // _STAGE
+        if stages < 3:
+            raise RuntimeError(f"the decoding kernel's {fixed} bytes of state leave no room for weights")
+        defines = {
+            "H": d.hidden, "NH": d.heads, "NKV": d.kv_heads, "HD": d.head_dim, "INTER": d.inner,
+            "LAYERS": len(d.layers), "VOCAB": self.known, "MT": most, "NSM": self._processors,
+            "STAGES": stages,
+        }  # fmt: skip
+        image = _compile(tuple(defines.items()), torch.cuda.get_device_capability(d.device))
+        module = _checked(driver.cuModuleLoadData(image))
+        function = _checked(driver.cuModuleGetFunction(module, b"decode"))
+        shared = fixed + stages * _STAGE
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, attribute, shared))
+        return function, shared
+
+    def _shared_bytes(self, most: int) -> int:
+        """What `Shared` in decode.cu takes at most, but for the ring."""
+        d = self._decoder
+
+        def share(rows: int) -> int:
+            return -(-rows // self._processors)
+
+        own = share(d.hidden)
+        parts = (
+            max(4 * 16 * d.head_dim, _WARPS * _GROUP * 8 * most) * 4,  # red
+            most * d.head_dim // 2 * 8,  # rope
+            most * own * 4,  # own
+            (16 + 2 * most) * (d.head_dim + 8) * 2,  # q, k, v
+            len(d.layers) * (ctypes.sizeof(_Layer) + 2 * share((d.heads + 2 * d.kv_heads) * d.head_dim)),
+            (2 * len(d.layers) + 1) * own * 2,  # norms
+            256 * 4,  # table
+            META * 4 + most * 4 + _WARPS * 16 * 8 + 64 * 16 + 512,
+        )
+        return -(-sum(parts) // 128) * 128
+
+
+def pack_meta(starts: Seq[int], tokens: Seq[Seq[int]]) -> list[int]:
+    """The words of `META` for rows of chained tokens, row i after starts[i] positions."""
+    meta = [0] * META
+    meta[0], meta[1] = sum(map(len, tokens)), len(tokens)
+    at = 0
+    for row, (start, ids) in enumerate(zip(starts, tokens, strict=True)):
+        for field, value in enumerate((start, at, len(ids), row)):
+            meta[8 + field * MOST + row] = value
+        for j, token in enumerate(ids):
+            for field, value in ((4, token), (5, start + j), (6, (2 << j) - 1)):
+                meta[8 + field * MOST + at] = value
+            at += 1
+    return meta
+
+
+@functools.cache
+def _compile(defines: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
+    """The kernel's machine code. Raises RuntimeError with the compiler's log."""
+    from cuda.bindings import nvrtc
+
+    source, attention = (_SOURCES / name for name in ("decode.cu", "decode_attention.cuh"))
+    arch = "sm_{}{}".format(*capability)
+    options = [b"--gpu-architecture=" + arch.encode(), b"--std=c++17", b"-default-device"]
+    options += [f"-D{name}={value}".encode() for name, value in defines]
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            source.read_bytes(), b"decode.cu", 1, [attention.read_bytes()], [b"decode_attention.cuh"]
+        )
+    )
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(result):
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"the decoding kernel does not compile: {log.decode()}")
+    image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    return image
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """What a CUDA call returned after its status. Raises RuntimeError if that is not success."""
+    if int(answer[0]):
+        raise RuntimeError(f"CUDA: {answer[0]!s}")
+    return answer[1] if len(answer) > 1 else None
+
+
+def _head_weight(decoder: Decoder) -> Tensor | None:
+    """[known, hidden]: the head's matrix; None if it is not one."""
+    head: Any = getattr(decoder.head, "linear", decoder.head)
+    return head.weight if type(head) is torch.nn.Linear and head.bias is None else None

@@ -1,0 +1,210 @@
+"""The fused runner: a lean decoder of our own for the Llama family, over the weights transformers loads.
+
+Matrix products are cuBLAS's; what lies between them, and attention, are Triton kernels
+(`kernels/`). A pass over at most 16 tokens in bfloat16 is one launch of `DecodeKernel` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from engine.kv.pool import KVPool, LayerShape
+from engine.models import decode, selfcheck
+from engine.models.decoder import Matrix, extract, unsupported
+from engine.models.graphs import PassGraphs
+from engine.models.kernels.attention import Places, attend
+from engine.models.kernels.pointwise import add_norm, gate, rotate_and_store
+from engine.models.quantize import QuantizedWeight, weight_only_linear
+from engine.models.runner import Batch, Chunk
+from engine.models.selfcheck import UnsupportedModel
+from engine.models.staging import Staging
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """x [N, K] -> [N, rows of the weight]."""
+    if isinstance(weight, QuantizedWeight):
+        return weight_only_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class FusedRunner:
+    """A `Runner` for the Llama family. `allocate` makes the pool, as with the reference runner."""
+
+    def __init__(self, model: PreTrainedModel, block_size: int) -> None:
+        """Checks itself against the model. Raises UnsupportedModel."""
+        if (reason := unsupported(model)) is not None:
+            raise UnsupportedModel(reason)
+        expected = selfcheck.own_logits(model)
+        self.decoder, self.block_size = extract(model), block_size
+        self.context = int(model.config.max_position_embeddings)
+        d = self.decoder
+        self.shapes = {i: LayerShape(d.kv_heads, d.head_dim, d.head_dim) for i in range(len(d.layers))}
+        self._pool: KVPool | None = None
+        self._whole: Tensor | None = None
+        self._staging = Staging(d.device)
+        self.graphs: PassGraphs | None = None
+        self._programs = 1
+        if d.device.type == "cuda":
+            self._programs = 2 * torch.cuda.get_device_properties(d.device).multi_processor_count
+        self.kernel: decode.DecodeKernel | None = None
+        self.decodes = decode.MOST  # tokens, at most, that go to the kernel
+        self.kernel_refused = decode.why_not(d, block_size)
+        if self.kernel_refused is None:
+            self.kernel = decode.DecodeKernel(d)
+            self.kernel.compile()
+        exact = d.dtype in (torch.float32, torch.float64)
+        selfcheck.check(self, type(model).__name__, block_size, expected, exact)
+        self._pool = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.dtype
+
+    def allocate(self, blocks: int) -> None:
+        """Makes the KV pool, with a block more, where padding writes."""
+        self.spare_slot = blocks * self.block_size
+        self._pool = KVPool(self.shapes, blocks + 1, self.block_size, self.dtype, self.device)
+        if self.kernel is not None:
+            self.kernel.attach(self._pool)
+        if self.device.type == "cuda":
+            width = -(-self.context // self.block_size) + 1
+            self.graphs = PassGraphs(self.run, self.spare_slot, width, self.block_size, self.device)
+            if self.kernel is not None:
+                self.decodes = self._faster(blocks)
+
+    @torch.inference_mode()
+    def warm(self, rows: int, longest: int) -> None:
+        """Captures ahead what passes over up to `rows` rows of up to `longest` tokens will need."""
+        if self.graphs is not None and rows > self.decodes:
+            self.graphs.warm(rows, longest)
+
+    @torch.inference_mode()
+    def _faster(self, blocks: int) -> int:
+        """The most tokens for which the kernel beats a graph of kernels: 16, or 8.
+
+        Measured, for a verification of 16 tokens after as much context as fits, up to 1k.
+        """
+        if blocks < 16:  # the self-check's pool
+            return decode.MOST
+        assert self.graphs is not None
+        table = list(range(min(blocks, 66)))
+        start = (len(table) - 1) * self.block_size
+        batch = Batch.pack([Chunk([0] * min(16, self.block_size), start, table, 16)], self.block_size)
+        seconds = []
+        graphs = self.graphs
+        runs: list[Callable[[], Tensor]] = [lambda: self._decode(batch, 16), lambda: graphs.forward(batch)]
+        for run in runs:
+            for _ in range(3):
+                run()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for _ in range(5):
+                run()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end))
+        return decode.MOST if seconds[0] <= seconds[1] else 8
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Writes the batch's KV and returns logits [M, vocab_size], valid until the next pass."""
+        rows, tokens = len(batch.query_lens), sum(batch.query_lens)
+        if self.kernel is not None and max(tokens, rows) <= self.decodes:
+            logits = self._decode(batch, tokens)
+        elif self.graphs is not None and self.graphs.takes(batch):
+            logits = self.graphs.forward(batch)
+        else:
+            return self._forward(batch)
+        return logits if len(batch.logits_at) == tokens else logits[batch.on_device(self.device).logits_at]
+
+    def _decode(self, batch: Batch, tokens: int) -> Tensor:
+        ids, width = iter(batch.ids), max(map(len, batch.block_tables))
+        starts = [c - q for c, q in zip(batch.context_lens, batch.query_lens, strict=True)]
+        meta = decode.pack_meta(starts, [[next(ids) for _ in range(q)] for q in batch.query_lens])
+        for row in batch.block_tables:
+            meta.extend(row)
+            meta.extend([0] * (width - len(row)))
+        words = self._staging.words(meta)
+        return self.decode(words[: decode.META], words[decode.META :].view(-1, width), tokens)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Kernel by kernel: prefill."""
+        rows, width = len(batch.query_lens), max(map(len, batch.block_tables))
+        words = [c - q for c, q in zip(batch.context_lens, batch.query_lens, strict=True)]
+        begins = 0
+        for length in batch.query_lens:
+            words.append(begins)
+            begins += length
+        words.extend(batch.query_lens)
+        for row in batch.block_tables:
+            words.extend(row)
+            words.extend([0] * (width - len(row)))
+        on = self._staging.words(words)
+        by_row, tables = on[: 3 * rows].view(3, rows), on[3 * rows :].view(rows, width)
+        inputs = batch.on_device(self.device)
+        places = Places(by_row[0], by_row[1], by_row[2], tables, max(batch.query_lens))
+        return self.head(self.layers(inputs.ids, inputs.positions, inputs.slots, places)[inputs.logits_at])
+
+    def decode(self, meta: Tensor, tables: Tensor, most: int) -> Tensor:
+        """A pass of at most 16 tokens in one launch; float32[most, vocab_size]. See DecodeKernel."""
+        assert self.kernel is not None
+        if not self.kernel.embeds:
+            ids = meta[8 + 4 * decode.MOST : 8 + 5 * decode.MOST]
+            self.kernel.hidden.copy_(self.decoder.embed(ids.long()))
+        self.kernel.launch(meta, tables, most)
+        logits = self.kernel.logits[:most]
+        if self.kernel.known == self.vocab_size:
+            return logits
+        if self._whole is None:  # what the head does not know stays -inf
+            self._whole = logits.new_full((decode.MOST, self.vocab_size), float("-inf"))
+        return self._whole[:most].index_copy_(1, self.decoder.head.ids, logits)  # type: ignore[arg-type]
+
+    def layers(self, ids: Tensor, positions: Tensor, slots: Tensor, places: Places) -> Tensor:
+        """[N, hidden]: the normed output of the last layer. ids, positions, slots int[N]."""
+        assert self._pool is not None
+        d = self.decoder
+        hidden = self.decoder.embed(ids).float()
+        delta: Tensor | None = None
+        for i, layer in enumerate(d.layers):
+            x = add_norm(hidden, delta, layer.norm_in, d.eps)
+            qkv = linear(x, layer.qkv, layer.qkv_bias).view(-1, d.heads + 2 * d.kv_heads, d.head_dim)
+            keys, values = self._pool.keys[i], self._pool.values[i]
+            rotate_and_store(qkv, keys, values, positions, slots, d, layer)
+            attended = attend(
+                qkv,
+                keys,
+                values,
+                places,
+                heads=d.heads,
+                scaling=d.scaling,
+                window=layer.window,
+                block_size=self.block_size,
+                programs=self._programs,
+            )
+            delta = linear(attended, layer.out, layer.out_bias)
+            x = add_norm(hidden, delta, layer.norm_mid, d.eps)
+            inner = gate(linear(x, layer.gate_up, layer.gate_up_bias))
+            delta = linear(inner, layer.down, layer.down_bias)
+        return add_norm(hidden, delta, d.norm, d.eps)
+
+    def run(self, ids: Tensor, positions: Tensor, slots: Tensor, places: Places) -> Tensor:
+        """logits [N, vocab_size] of every token."""
+        return self.head(self.layers(ids, positions, slots, places))
+
+    def head(self, normed: Tensor) -> Tensor:
+        """[M, hidden] -> logits [M, vocab_size]."""
+        logits: Tensor = self.decoder.head(normed)
+        return logits

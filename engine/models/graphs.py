@@ -1,0 +1,121 @@
+"""CUDA graphs of the fused runner's passes over more tokens than the decoding kernel takes.
+
+Launched one by one, the three hundred kernels of a pass keep the host busy for as long as the
+device. A graph is captured at the first pass of its size (rows, tokens, longest row) and replayed
+with inputs copied to where it reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.models.kernels.attention import Places
+from engine.models.runner import Batch
+
+_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_ROWS = (16, 64)
+_LONGEST = (1, 8, 24)
+"""Few sizes: a capture takes a tenth of a second. Programs of rows that are not there end at once."""
+
+Pass = Callable[[Tensor, Tensor, Tensor, Places], Tensor]
+"""(ids, positions, slots, places) -> logits [tokens, vocab]."""
+
+
+def bucket(n: int, sizes: Seq[int] = (1, 2, 4, 8, 16, 32, 64)) -> int:
+    """The smallest size that holds n."""
+    return next(size for size in sizes if size >= n)
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    words: Tensor  # int32, the inputs where the graph reads them
+    host: Tensor  # pinned, the same
+    logits: Tensor
+    copied: torch.cuda.Event
+
+
+class PassGraphs:
+    """Graphs of `run` for batches of a decoding step; `width`: blocks of the longest row."""
+
+    def __init__(self, run: Pass, spare_slot: int, width: int, block_size: int, device: torch.device) -> None:
+        self._run, self._spare_slot, self._width = run, spare_slot, width
+        self._block_size, self._device = block_size, device
+        self._captured: dict[tuple[int, int, int], _Captured] = {}
+        self._pool: Any = None  # the memory that the graphs share
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether it has the size of a decoding step; prompts are as many sizes as there are prompts."""
+        rows, longest = len(batch.query_lens), max(batch.query_lens)
+        return sum(batch.query_lens) <= _TOKENS[-1] and rows <= _ROWS[-1] and longest <= _LONGEST[-1]
+
+    def warm(self, rows: int, longest: int) -> None:
+        """Captures what decoding and verifying up to `rows` rows, of `longest` tokens at most, will need."""
+        for size in _ROWS[: 1 + (rows > _ROWS[0])]:
+            for most in _LONGEST[: 1 + (longest > 1)]:
+                for tokens in _TOKENS:
+                    if size // 4 <= tokens <= size * min(most, 4):
+                        self._found(size, tokens, most)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """logits [tokens of the batch, vocab], valid until the next pass of this size."""
+        rows, total = len(batch.query_lens), sum(batch.query_lens)
+        key = bucket(rows, _ROWS), bucket(total, _TOKENS), bucket(max(batch.query_lens), _LONGEST)
+        found = self._found(*key)
+        found.copied.synchronize()  # what was copied last must have left the host's buffer
+        self._fill(found.host, batch, *key[:2])
+        found.words.copy_(found.host, non_blocking=True)
+        found.copied.record()
+        found.graph.replay()
+        return found.logits[:total]
+
+    def _found(self, rows: int, tokens: int, longest: int) -> _Captured:
+        key = rows, tokens, longest
+        if key not in self._captured:
+            self._captured[key] = self._capture(*key)
+        return self._captured[key]
+
+    def _fill(self, host: Tensor, batch: Batch, rows: int, tokens: int) -> None:
+        words = host.numpy()
+        n, total = len(batch.query_lens), sum(batch.query_lens)
+        by_token = words[: 3 * tokens].reshape(3, tokens)
+        by_row = words[3 * tokens : 3 * (tokens + rows)].reshape(3, rows)
+        tables = words[3 * (tokens + rows) :].reshape(rows, self._width)
+        by_token[:2, total:], by_token[2, total:] = 0, self._spare_slot
+        by_row[2, n:] = 0
+        at, size = 0, self._block_size
+        by_token[0, :total] = batch.ids
+        for row, (query, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+            start, blocks = context - query, batch.block_tables[row]
+            by_row[:, row] = start, at, query
+            tables[row, : len(blocks)] = blocks
+            for j in range(query):
+                position = start + j
+                by_token[1, at + j] = position
+                by_token[2, at + j] = blocks[position // size] * size + position % size
+            at += query
+
+    def _capture(self, rows: int, tokens: int, longest: int) -> _Captured:
+        size = 3 * (tokens + rows) + rows * self._width
+        words = torch.zeros(size, dtype=torch.int32, device=self._device)
+        words[2 * tokens : 3 * tokens] = self._spare_slot
+        by_row = words[3 * tokens : 3 * (tokens + rows)].view(3, rows)
+        places = Places(
+            by_row[0], by_row[1], by_row[2], words[3 * (tokens + rows) :].view(rows, self._width), longest
+        )
+        inputs = (*words[: 3 * tokens].view(3, tokens), places)
+        self._run(*inputs)  # compiles what is not compiled yet
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._run(*inputs)
+        self._pool = graph.pool()
+        return _Captured(
+            graph, words, torch.zeros(size, dtype=torch.int32).pin_memory(), logits, torch.cuda.Event()
+        )

@@ -1,0 +1,244 @@
+"""The draft loop on a GPU: one graph replay for each draft token, no read-back in between.
+
+A replay chooses the token, computes the signals, asks the policies, notes who drafts on, and runs
+the model for the next token; where no row drafts on, the model's kernel returns at once. The host
+watches a word in pinned memory that is written before the model runs, so that it knows of the end,
+or queues the next replay, while the device still works. Only for coupled rows without penalties
+and filters; the others draft step by step on the host (`model.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.models import decode
+from engine.models.fused import FusedRunner
+from engine.models.graphs import bucket
+from engine.models.kernels.advance import MOST_SL, REASONS, advance
+from engine.models.kernels.attention import Places
+from engine.models.kernels.choose import Chooser
+from engine.models.runner import Batch, Chunk
+from engine.sequence import Sequence
+from engine.speculation.control import PolicyTable
+from engine.speculation.drafters.base import RowDraft
+from engine.speculation.noise import coupled_state
+from engine.speculation.policy import Signals
+
+MOST_ROWS = 64
+
+
+class DraftLoop:
+    """Draft loops for up to 64 rows, one `_Lane` for each power of two."""
+
+    def __init__(self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int) -> None:
+        """`vocab`: ids at or above it are never proposed. `blocks`: the most that a row may have."""
+        self._runner, self._vocab, self._table, self._blocks = runner, vocab, table, blocks
+        self._lanes: dict[int, _Lane] = {}
+
+    @torch.inference_mode()
+    def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
+        """Queues the first step; the function returned queues the others and gives the drafts.
+
+        The rows' `draft_kv_len` is right once it has returned.
+        """
+        return self._lane(len(rows)).begin(rows, limits)
+
+    @torch.inference_mode()
+    def warm(self, policies: Seq[str], rows: int) -> None:
+        """Captures what drafting for `rows` rows under these policies needs."""
+        self._lane(rows).graph(tuple(sorted(policies)))
+
+    def _lane(self, rows: int) -> _Lane:
+        size = bucket(rows)
+        if size not in self._lanes:
+            self._lanes[size] = _Lane(self._runner, self._vocab, self._table, self._blocks, size)
+        return self._lanes[size]
+
+
+class _Lane:
+    """Buffers and graphs for `size` rows, a power of two.
+
+    The host's inputs are one int32 buffer on either side, copied at once; `rows` names its parts.
+    """
+
+    def __init__(self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int, size: int) -> None:
+        self._runner, self._table, self._size = runner, table, size
+        self._compact = runner.kernel is not None and size <= runner.decodes
+        self._chooser = Chooser(size, vocab, runner.device)
+        words = decode.META + size * (5 * 2 + 6 + blocks)
+        self._words = torch.zeros(words, dtype=torch.int32, device=runner.device)
+        self._host = torch.zeros(words, dtype=torch.int32).pin_memory()
+        self._inputs = {name: tensor.numpy() for name, tensor in _parts(self._host, size, blocks).items()}
+        device, int32 = runner.device, torch.int32
+        answer = torch.zeros(4 + size * (2 + MOST_SL), dtype=int32, device=device)
+        self._answer, self._answer_host = answer, torch.zeros_like(answer, device="cpu").pin_memory()
+        self._ticket = torch.zeros(1, dtype=int32).pin_memory()
+        self._seen, self._replays = self._ticket.numpy(), 0
+        self.rows = _parts(self._words, size, blocks) | {
+            "progress": answer[:4],
+            "length": answer[4 : 4 + size],
+            "reason": answer[4 + size : 4 + 2 * size],
+            "drafted": answer[4 + 2 * size :],
+        }
+        for name in ("ids", "positions", "slots", "starts", "lengths"):
+            self.rows[name] = torch.zeros(size, dtype=int32, device=device)
+        self.rows["slots"].fill_(runner.spare_slot)
+        begins = torch.arange(size, dtype=int32, device=device)
+        self._places = Places(self.rows["starts"], begins, self.rows["lengths"], self.rows["tables"], 1)
+        self._logits: Tensor | None = None  # where the graphs read them
+        self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
+        self._side = torch.cuda.Stream(device)
+
+    # ---- the device's part
+
+    def _step(self, names: tuple[str, ...]) -> None:
+        """Choose, signal, ask, advance, tell the host, run the model: what a graph captures."""
+        rows, needs = self.rows, self._table.needs_of(names)
+        assert self._logits is not None
+        choice = self._chooser(
+            self._logits, rows["place"], rows["state"], rows["position"], rows["temperature"],
+            signals=bool(needs), top="top" in needs,
+        )  # fmt: skip
+        keep = rows["alive"] != 0
+        if needs:
+            rows["joint"].mul_(choice.prob)
+            signals = Signals(
+                step=rows["progress"][1].long() + 1,
+                token=choice.token.long(),
+                position=rows["generated"] + rows["progress"][1],
+                alive=keep,
+                prob=choice.prob,
+                top=choice.top,
+                entropy=choice.entropy,
+                joint=rows["joint"],
+            )
+            keep = self._table.decide(names, rows["slot"], rows["policy"], signals)
+        advance(
+            choice.token, choice.fine, keep, rows, most=decode.MOST, compact=self._compact,
+            block_size=self._runner.block_size, spare_slot=self._runner.spare_slot,
+        )  # fmt: skip
+        main = torch.cuda.current_stream()
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):  # beside the model's pass, not before it
+            self._answer_host.copy_(self._answer, non_blocking=True)
+            self._ticket.copy_(rows["progress"][:1], non_blocking=True)
+        self._forward()
+        main.wait_stream(self._side)
+
+    def _forward(self) -> None:
+        if self._compact:
+            self._runner.decode(self.rows["meta"], self.rows["tables"], self._size)
+            return
+        rows = self.rows
+        logits = self._runner.run(rows["ids"], rows["positions"], rows["slots"], self._places)
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        self._logits.copy_(logits)
+
+    def graph(self, names: tuple[str, ...]) -> torch.cuda.CUDAGraph:
+        """Captured at first use; run once before, with no row alive, so that all is compiled."""
+        if names not in self._graphs:
+            if self._logits is None and self._compact:
+                self._logits = self._runner.decode(self.rows["meta"], self.rows["tables"], self._size)
+            elif self._logits is None:
+                self._forward()
+            self._words.zero_()
+            self.rows["slot"].fill_(self._table.spare_slot)
+            self._step(names)
+            torch.cuda.synchronize(self._runner.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(names)
+            self._graphs[names] = graph
+            self._replays = int(self.rows["progress"][0])
+        return self._graphs[names]
+
+    # ---- the host's part
+
+    def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
+        graph = self.graph(tuple(sorted({row.policy for row in rows})))
+        lags = [row.tokens[row.draft_kv_len :] for row in rows]
+        starts = [row.draft_kv_len for row in rows]
+        total = sum(map(len, lags))
+        here = self._compact and total <= decode.MOST
+        self._fill(rows, limits)
+        if here:
+            self._inputs["meta"][:] = decode.pack_meta(starts, lags)
+            self._inputs["place"][: len(rows)] = np.cumsum([len(lag) for lag in lags]) - 1
+        self._words.copy_(self._host, non_blocking=True)
+        self._answer[1:].zero_()
+        if here:  # what the draft has not seen: the newest token, and what its KV lacks
+            self._runner.decode(self.rows["meta"], self.rows["tables"], total)
+        else:
+            chunks = [Chunk(lag, at, row.blocks) for lag, at, row in zip(lags, starts, rows, strict=True)]
+            logits = self._runner.forward(Batch.pack(chunks, self._runner.block_size))
+            assert self._logits is not None
+            self._logits[: len(rows)].copy_(logits)
+        for row in rows:
+            row.draft_kv_len = len(row.tokens)
+        graph.replay()
+        self._replays += 1
+        return lambda: self._finish(graph, rows)
+
+    def _fill(self, rows: Seq[Sequence], limits: Seq[int]) -> None:
+        """Everything the graph reads that the host knows. Rows beyond these are not alive."""
+        to, n = self._inputs, len(rows)
+        to["alive"][:n], to["alive"][n:] = 1, 0
+        to["slot"][n:] = self._table.spare_slot
+        to["joint"][:] = 1.0
+        to["meta"][:2] = 0
+        to["place"][:n], to["place"][n:] = np.arange(n), 0
+        to["temperature"][n:] = 0
+        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+            to["state"][i], to["position"][i] = coupled_state(row.seed), len(row.tokens)
+            to["generated"][i], to["limit"][i] = row.generated, min(limit, MOST_SL)
+            to["slot"][i], to["policy"][i] = row.slot, self._table.number(row.policy)
+            to["temperature"][i] = row.params.temperature
+            blocks = row.blocks
+            to["tables"][i, : len(blocks)] = blocks
+
+    def _finish(self, graph: torch.cuda.CUDAGraph, rows: Seq[Sequence]) -> list[RowDraft]:
+        answer = self._answer_host.numpy()
+        while True:
+            self._wait()
+            if answer[2] == 0:
+                break
+            graph.replay()
+            self._replays += 1
+        size = self._size
+        drafted = answer[4 + 2 * size :].reshape(size, MOST_SL)
+        drafts = []
+        for i, row in enumerate(rows):
+            length = int(answer[4 + i])
+            row.draft_kv_len += max(length - 1, 0)
+            tokens = drafted[i, :length].tolist()
+            drafts.append(RowDraft(tokens, stop_reason=REASONS[answer[4 + size + i]]))
+        return drafts
+
+    def _wait(self) -> None:
+        """Until the newest replay has told its answer. A fault on the device is raised here."""
+        spins = 0
+        while self._seen[0] != self._replays:
+            spins += 1
+            if spins % 1000 == 0:
+                torch.cuda.current_stream().query()  # raises after a fault
+                if spins > 1000_000:
+                    time.sleep(0.001)
+
+
+def _parts(words: Tensor, size: int, blocks: int) -> dict[str, Tensor]:
+    """The named parts of the inputs: META words, then by row 5 x int64, 6 x int32, the tables."""
+    parts = {"meta": words[: decode.META]}
+    wide = words[decode.META : decode.META + 10 * size].view(torch.int64).view(5, size)
+    parts |= dict(zip(("state", "position", "generated", "limit", "slot"), wide, strict=True))
+    rest = words[decode.META + 10 * size :]
+    narrow = rest[: 6 * size].view(6, size)
+    parts |= {"place": narrow[0], "alive": narrow[1], "policy": narrow[2]}
+    parts |= {"temperature": narrow[3].view(torch.float32), "joint": narrow[4].view(torch.float32)}
+    return parts | {"tables": rest[6 * size :].view(size, blocks)}
