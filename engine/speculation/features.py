@@ -16,7 +16,7 @@ TOP = 10
 
 
 def signals(logits: Tensor, tokens: Tensor, needs: Set[Need]) -> dict[Need, Tensor]:
-    """prob float32[B], top float32[B, 10], entropy float32[B] (nats, whole vocabulary), as needed.
+    """prob, largest float32[B], top float32[B, 10], entropy float32[B] (nats, whole vocabulary), as needed.
 
     `logits` [B, V] raw draft logits, `tokens` int64[B] the drafted ones. "joint" is the drafter's
     running product of `prob`, which is therefore computed for it too.
@@ -27,6 +27,8 @@ def signals(logits: Tensor, tokens: Tensor, needs: Set[Need]) -> dict[Need, Tens
     logprobs = logits.float().log_softmax(-1)
     if needs & {"prob", "joint"}:
         found["prob"] = logprobs.gather(1, tokens[:, None])[:, 0].exp()
+    if "largest" in needs:
+        found["largest"] = logprobs.amax(-1).exp()
     if "top" in needs:
         found["top"] = _top(logprobs.exp())
     if "entropy" in needs:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.types import InvalidRequest
 
-Need = Literal["prob", "top", "entropy", "joint"]
+Need = Literal["prob", "largest", "top", "entropy", "joint"]
 """A signal that a policy reads; the drafter computes only the union of what policies in use need."""
 
 
@@ -36,6 +36,7 @@ class Signals:
     position: Tensor  # int64[B]
     alive: Tensor  # bool[B], rows that drafted this token (others carry values without meaning)
     prob: Tensor | None = None  # float32[B], q of the drafted token
+    largest: Tensor | None = None  # float32[B], the largest probability of q
     top: Tensor | None = None  # float32[B, 10], the largest probabilities of q, descending
     entropy: Tensor | None = None  # float32[B], nats, over the whole vocabulary
     joint: Tensor | None = None  # float32[B], product of `prob` along this draft

@@ -185,12 +185,12 @@ def test_text_is_the_targets_whatever_drafts_in_float32(params: SamplingParams) 
 
 
 def test_the_device_drafts_what_the_host_drafts() -> None:
-    """Token by token, signal by signal: the loop on the device against the one in Python, in bf16."""
+    """Token by token: the loop on the device against the one in Python. In bf16 the texts part at ties."""
     params = SamplingParams(temperature=0.7, seed=4, max_tokens=50, ignore_eos=True)
-    speculation = SpeculationParams(policy="confidence", options={"signal": "joint", "threshold": 0.2})
+    speculation = SpeculationParams(policy="confidence", options={"signal": "joint", "threshold": 1e-5})
     drafts: list[list[list[int]]] = []
     for loops in (True, False):
-        made = engine(torch.bfloat16)
+        made = engine(torch.float32)
         drafter: Any = made._parts.drafters["model"]
         drafter._loops, drafter._loop = loops, drafter._loop if loops else None
         seen: list[list[int]] = []
@@ -210,7 +210,8 @@ def test_the_device_drafts_what_the_host_drafts() -> None:
         texts(made, params, [speculation])
         drafts.append(seen)
     same = sum(a == b for a, b in zip(*drafts, strict=False))
-    assert same >= 0.95 * len(drafts[0]), f"{same} of {len(drafts[0])} drafts alike"
+    assert same >= 0.98 * len(drafts[0]), f"{same} of {len(drafts[0])} drafts alike"
+    assert sum(map(len, drafts[0])) > 1.1 * len(drafts[0])  # some of more than one token
 
 
 def test_an_aborted_row_does_not_harm_the_others() -> None:

@@ -37,11 +37,12 @@ def signals(step: int, probs: list[float]) -> Signals:
     top = torch.zeros(len(probs), 10)
     top[:, 0], top[:, 1] = prob, 1 - prob
     return Signals(
-        step=step,
+        step=torch.tensor(step),
         token=torch.zeros(len(probs), dtype=torch.int64),
         position=torch.full((len(probs),), step - 1),
         alive=torch.ones(len(probs), dtype=torch.bool),
         prob=prob,
+        largest=top[:, 0].clone(),
         top=top,
         entropy=-(top * top.clamp(min=1e-30).log()).sum(-1),
         joint=prob**step,

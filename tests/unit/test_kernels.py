@@ -67,8 +67,8 @@ def test_signals_are_those_of_the_feature_code() -> None:
     token, chooser = choose(made, top=True)
     fine = chooser.choice.fine.bool()
     rows = made[torch.tensor(PLACES), :VOCAB][fine]
-    want = signals(rows, token[fine].long(), frozenset({"prob", "top", "entropy"}))
-    for name in ("prob", "top", "entropy"):
+    want = signals(rows, token[fine].long(), frozenset({"prob", "largest", "top", "entropy"}))
+    for name in ("prob", "largest", "top", "entropy"):
         torch.testing.assert_close(getattr(chooser.choice, name)[fine], want[name], atol=1e-5, rtol=1e-4)
 
 

@@ -347,11 +347,8 @@ def test_confidence_stops_below_the_threshold_of_its_own_signal(signal: Literal[
         # The two other signals say the opposite: they must not be read.
         for name in ("token", "top", "joint"):
             given = value if name == signal else (0.0 if keeps else 1.0)
-            if name == "top":
-                assert found.top is not None
-                found.top[0, 0] = given
-            else:
-                setattr(found, "prob" if name == "token" else "joint", torch.tensor([float(given)]))
+            field = {"token": "prob", "top": "largest", "joint": "joint"}[name]
+            setattr(found, field, torch.tensor([float(given)]))
         assert table.keep_drafting([row], found) == [keeps]
 
 

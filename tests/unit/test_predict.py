@@ -59,8 +59,9 @@ def played_by_engine(text: Any, policy: str, options: dict[str, Any], max_sl: in
         while sl < limit:
             q = torch.tensor([text.top1[at + sl]])
             joint, sl, token = joint * q, sl + 1, torch.tensor([0])
-            ten = q[:, None].expand(1, 10)
-            facts = Signals(sl, token, token, torch.tensor([True]), prob=q, top=ten, joint=joint)
+            facts = Signals(
+                torch.tensor(sl), token, token, torch.tensor([True]), prob=q, largest=q, joint=joint
+            )
             if not judge.keep_drafting(facts, state):
                 break
         stands = 0

@@ -92,6 +92,7 @@ def _merge(
     chosen,
     fine,
     prob,
+    largest,
     entropy,
     top,
     blocks,
@@ -124,6 +125,7 @@ def _merge(
         )
         x = tl.load(logits + tl.load(places + row).to(tl.int64) * stride + token).to(tl.float32)
         tl.store(prob + row, tl.exp(x - most) / total)
+        tl.store(largest + row, 1.0 / total)
         tl.store(entropy + row, tl.log(total) - mean)
         if TOPS:
             n = tl.arange(0, WIDTH * KEEP)
@@ -142,6 +144,7 @@ class Choice:
     token: Tensor  # int32[B]
     fine: Tensor  # int8[B]; 0 where the logits were NaN, infinite, or allowed no token
     prob: Tensor  # float32[B], of the token in the draft's own law (signals only)
+    largest: Tensor  # float32[B], the largest probability of that law
     entropy: Tensor  # float32[B], nats
     top: Tensor  # float32[B, 10], descending
 
@@ -163,6 +166,7 @@ class Chooser:
             token=empty(torch.int32, rows),
             fine=empty(torch.int8, rows),
             prob=empty(torch.float32, rows),
+            largest=empty(torch.float32, rows),
             entropy=empty(torch.float32, rows),
             top=empty(torch.float32, rows, TOP),
         )
@@ -191,7 +195,7 @@ class Chooser:
         )  # fmt: skip
         _merge[(rows,)](
             logits, logits.stride(0), places, self._values, self._tokens, self._sums, self._tops,
-            choice.token, choice.fine, choice.prob, choice.entropy, choice.top, self._blocks,
+            choice.token, choice.fine, choice.prob, choice.largest, choice.entropy, choice.top, self._blocks,
             SIGNALS=signals, TOPS=top, WIDTH=triton.next_power_of_2(self._blocks), KEEP=_KEEP,
             num_warps=4,
         )  # fmt: skip

@@ -373,8 +373,13 @@ __device__ __forceinline__ void attend_item(Shared &s, const Params &p, const La
     consumers_sync();
 }
 
-// Not inlined: its registers would be taken from the products'.
-__device__ __noinline__ void attend(Shared &s, const Params &p, int me, int l) {
+// Wide heads need many registers, which would be taken from the products': not inlined.
+#if HD > 64
+__device__ __noinline__
+#else
+__device__ __forceinline__
+#endif
+void attend(Shared &s, const Params &p, int me, int l) {
     const Layer &w = s.layers[l];
     Item item = s.item;
 #pragma unroll 1

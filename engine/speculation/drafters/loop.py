@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +93,8 @@ class _Lane:
         begins = torch.arange(size, dtype=int32, device=device)
         self._places = Places(self.rows["starts"], begins, self.rows["lengths"], self.rows["tables"], 1)
         self._logits: Tensor | None = None  # where the graphs read them
-        self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[str, ...], _Graphs] = {}
+        self._first_most = 8 if 2 * size <= 8 else decode.MOST  # tokens: each row's newest, and one before
         self._side = torch.cuda.Stream(device)
 
     # ---- the device's part
@@ -114,6 +116,7 @@ class _Lane:
                 position=rows["generated"] + rows["progress"][1],
                 alive=keep,
                 prob=choice.prob,
+                largest=choice.largest,
                 top=choice.top,
                 entropy=choice.entropy,
                 joint=rows["joint"],
@@ -141,7 +144,7 @@ class _Lane:
             self._logits = torch.empty_like(logits)
         self._logits.copy_(logits)
 
-    def graph(self, names: tuple[str, ...]) -> torch.cuda.CUDAGraph:
+    def graph(self, names: tuple[str, ...]) -> _Graphs:
         """Captured at first use; run once before, with no row alive, so that all is compiled."""
         if names not in self._graphs:
             if self._logits is None and self._compact:
@@ -152,39 +155,44 @@ class _Lane:
             self.rows["slot"].fill_(self._table.spare_slot)
             self._step(names)
             torch.cuda.synchronize(self._runner.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            first, again = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(again):
                 self._step(names)
-            self._graphs[names] = graph
+            with torch.cuda.graph(first):
+                if self._compact:
+                    self._answer[1:].zero_()
+                    self._runner.decode(self.rows["meta"], self.rows["tables"], self._first_most)
+                self._step(names)
+            self._graphs[names] = _Graphs(first, again)
             self._replays = int(self.rows["progress"][0])
         return self._graphs[names]
 
     # ---- the host's part
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
-        graph = self.graph(tuple(sorted({row.policy for row in rows})))
-        lags = [row.tokens[row.draft_kv_len :] for row in rows]
+        graphs = self.graph(tuple(sorted({row.policy for row in rows})))
         starts = [row.draft_kv_len for row in rows]
-        total = sum(map(len, lags))
-        here = self._compact and total <= decode.MOST
+        lags = [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
+        here = self._compact and sum(map(len, lags)) <= self._first_most
         self._fill(rows, limits)
-        if here:
+        if here:  # the first graph begins with what the draft has not seen: the newest token, and before it
             self._inputs["meta"][:] = decode.pack_meta(starts, lags)
             self._inputs["place"][: len(rows)] = np.cumsum([len(lag) for lag in lags]) - 1
-        self._words.copy_(self._host, non_blocking=True)
-        self._answer[1:].zero_()
-        if here:  # what the draft has not seen: the newest token, and what its KV lacks
-            self._runner.decode(self.rows["meta"], self.rows["tables"], total)
         else:
             chunks = [Chunk(lag, at, row.blocks) for lag, at, row in zip(lags, starts, rows, strict=True)]
             logits = self._runner.forward(Batch.pack(chunks, self._runner.block_size))
             assert self._logits is not None
             self._logits[: len(rows)].copy_(logits)
+        self._words.copy_(self._host, non_blocking=True)
         for row in rows:
             row.draft_kv_len = len(row.tokens)
-        graph.replay()
+        if here:
+            graphs.first.replay()
+        else:
+            self._answer[1:].zero_()
+            graphs.again.replay()
         self._replays += 1
-        return lambda: self._finish(graph, rows)
+        return lambda: self._finish(graphs.again, rows)
 
     def _fill(self, rows: Seq[Sequence], limits: Seq[int]) -> None:
         """Everything the graph reads that the host knows. Rows beyond these are not alive."""
@@ -230,6 +238,13 @@ class _Lane:
                 torch.cuda.current_stream().query()  # raises after a fault
                 if spins > 1000_000:
                     time.sleep(0.001)
+
+
+class _Graphs(NamedTuple):
+    """Of a draft's first token, with the pass before it, and of every later one."""
+
+    first: torch.cuda.CUDAGraph
+    again: torch.cuda.CUDAGraph
 
 
 def _parts(words: Tensor, size: int, blocks: int) -> dict[str, Tensor]:

@@ -175,6 +175,7 @@ class ModelDrafter:
             position=torch.tensor(position, device=tokens.device),
             alive=torch.ones_like(tokens, dtype=torch.bool),
             prob=found.get("prob"),
+            largest=found.get("largest"),
             top=found.get("top"),
             entropy=found.get("entropy"),
             joint=joint[at],

@@ -87,6 +87,7 @@ class NgramDrafter:
             position=ints([rows[i].generated + step - 1 for i in found]),
             alive=torch.ones(len(found), dtype=torch.bool, device=self._device),
             prob=floats([counts[drafts[i].tokens[-1]] / counts.total() for i, counts in found.items()]),
+            largest=floats([s[0] for s in shares.values()]),
             top=floats([(s[:TOP] + [0.0] * TOP)[:TOP] for s in shares.values()]),
             entropy=floats([-sum(p * math.log(p) for p in s) for s in shares.values()]),
             joint=floats([joint[i] for i in found]),

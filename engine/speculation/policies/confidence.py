@@ -34,7 +34,7 @@ class Confidence:
 
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = ConfidenceOptions
-    needs: ClassVar[frozenset[Need]] = frozenset({"prob", "top", "joint"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"prob", "largest", "joint"})
     learns: ClassVar[bool] = False
 
     def allocate(self, slots: int, device: torch.device) -> State:
@@ -50,8 +50,8 @@ class Confidence:
         return state["max_sl"]
 
     def keep_drafting(self, signals: Signals, state: State) -> Tensor:
-        assert signals.prob is not None and signals.top is not None and signals.joint is not None
-        candidates = torch.stack([signals.prob, signals.top[:, 0], signals.joint])  # [3, B]
+        assert signals.prob is not None and signals.largest is not None and signals.joint is not None
+        candidates = torch.stack([signals.prob, signals.largest, signals.joint])  # [3, B]
         confidence = candidates.gather(0, state["signal"][None])[0]
         return confidence >= state["threshold"]
 
