@@ -19,9 +19,10 @@ from engine.models.kernels.attention import Places
 from engine.models.runner import Batch
 
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_ROWS = (16, 64)
+_ROWS = (1, 4, 16, 32, 64)
 _LONGEST = (1, 8, 24)
-"""Few sizes: a capture takes a tenth of a second. Programs of rows that are not there end at once."""
+"""Few sizes, since a capture takes a tenth of a second; but attention splits the context by the rows that
+a graph is made for, and few rows need it split."""
 
 Pass = Callable[[Tensor, Tensor, Tensor, Places], Tensor]
 """(ids, positions, slots, places) -> logits [tokens, vocab]."""
@@ -56,12 +57,13 @@ class PassGraphs:
         return sum(batch.query_lens) <= _TOKENS[-1] and rows <= _ROWS[-1] and longest <= _LONGEST[-1]
 
     def warm(self, rows: int, longest: int) -> None:
-        """Captures what decoding and verifying up to `rows` rows, of `longest` tokens at most, will need."""
-        for size in _ROWS[: 1 + (rows > _ROWS[0])]:
-            for most in _LONGEST[: 1 + (longest > 1)]:
-                for tokens in _TOKENS:
-                    if size // 4 <= tokens <= size * min(most, 4):
-                        self._found(size, tokens, most)
+        """Captures what decoding up to `rows` rows will need, and verifying up to 3 drafts of each."""
+        for size in _ROWS:
+            if size < 2 * rows:
+                for most in _LONGEST[: 1 + (longest > 1)]:
+                    for tokens in _TOKENS:
+                        if size <= tokens <= max(size * min(most, 4), 16):
+                            self._found(size, tokens, most)
 
     def forward(self, batch: Batch) -> Tensor:
         """logits [tokens of the batch, vocab], valid until the next pass of this size."""
