@@ -249,13 +249,17 @@ def _compile(defines: tuple[tuple[str, int], ...], capability: tuple[int, int]) 
     """The kernel's machine code. Raises RuntimeError with the compiler's log."""
     from cuda.bindings import nvrtc
 
-    source, attention = (_SOURCES / name for name in ("decode.cu", "decode_attention.cuh"))
+    headers = sorted(_SOURCES.glob("decode_*.cuh"))
     arch = "sm_{}{}".format(*capability)
     options = [b"--gpu-architecture=" + arch.encode(), b"--std=c++17", b"-default-device"]
     options += [f"-D{name}={value}".encode() for name, value in defines]
     program = _checked(
         nvrtc.nvrtcCreateProgram(
-            source.read_bytes(), b"decode.cu", 1, [attention.read_bytes()], [b"decode_attention.cuh"]
+            (_SOURCES / "decode.cu").read_bytes(),
+            b"decode.cu",
+            len(headers),
+            [header.read_bytes() for header in headers],
+            [header.name.encode() for header in headers],
         )
     )
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
