@@ -168,6 +168,8 @@ def keep(args: argparse.Namespace, rows: Sequence[LoadFigures], **facts: Any) ->
 def _self_test(args: argparse.Namespace) -> tuple[list[LoadFigures], str]:
     from peers.fake_server import serving
 
+    if min(args.streams) < 1:
+        raise ValueError(f"streams must be at least 1, not {min(args.streams)}")
     rows = []
     for streams in args.streams:
         with serving(args.rate / streams) as url:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import zipfile
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
@@ -254,6 +255,8 @@ def main() -> None:
     args = _arguments()
     try:
         costs = Costs(args.draft, args.verify)
+        if not zipfile.is_zipfile(args.trace):  # numpy would advise to load it as a pickle
+            raise ValueError(f"{args.trace} is no .npz file")
         with np.load(args.trace, allow_pickle=False) as trace:
             prompts = prompts_of(trace)
         found = report(prompts, args.rules, args.max_sl, costs)

@@ -95,12 +95,18 @@ def _quantize(config: EngineConfig, target: PreTrainedModel, draft: PreTrainedMo
         raise ConfigError(f"draft_quantization {of_draft!r}: draft {config.draft!r} is no model")
     if of_draft == "none" and config.draft.startswith("self:"):
         of_draft = config.quantization
-    for model, kind in ((target, config.quantization), (draft, of_draft)):
-        if model is not None and kind != "none":
-            try:
-                quantize_linears(model, kind, shared=shared)
-            except ValueError as error:
-                raise ConfigError(f"quantization {kind!r}: {error}") from error
+    for flag, model, kind in (
+        ("quantization", target, config.quantization),
+        ("draft_quantization", draft, of_draft),
+    ):
+        if model is None or kind == "none":
+            continue
+        if model.device.type == "cpu":
+            log.warning("%s %s saves memory on a CPU, but every pass unpacks the weights: slow", flag, kind)
+        try:  # a reduced embedding is read a row at a time: nothing is gained there
+            quantize_linears(model, kind, skip=("embed_tokens",), shared=shared)
+        except ValueError as error:
+            raise ConfigError(f"{flag} {kind!r}: {error}") from error
 
 
 class AnyRunner(Runner, Protocol):

@@ -56,7 +56,7 @@ def plain(seq: Sequence) -> bool:
     params = seq.params
     adjusted = _penalised(params) or bool(params.logit_bias) or seq.generated < params.min_tokens
     filtered = params.temperature > 0 and (params.top_k or params.top_p < 1 or params.min_p)
-    return not adjusted and not filtered
+    return not adjusted and not filtered and not 0 < params.temperature < _TINY
 
 
 def _penalised(params: SamplingParams) -> bool:

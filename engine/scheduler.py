@@ -69,7 +69,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by rank, as is running
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._stuck: Sequence | None = None  # the last row looked at for admission, and the free blocks then
+        self._stuck: Sequence | None = None  # the last row that did not fit, and the free blocks then
         self._stuck_at = 0
 
     def add(self, seq: Sequence) -> None:
@@ -102,11 +102,12 @@ class Scheduler:
             seq = self.waiting[0]
             if seq is self._stuck and self.running and self._blocks.free_blocks <= self._stuck_at:
                 return  # it would not fit now either: not looked up again in every step
-            self._stuck, self._stuck_at = seq, self._blocks.free_blocks
+            free = self._blocks.free_blocks
             self._match(seq)
             # All of the prompt's blocks now, so that a prefill is not preempted half-way for want of them.
             if seq.table is None or not self._blocks.extend(seq.table, len(seq.tokens) + 1):
                 self._release(seq)
+                self._stuck, self._stuck_at = seq, free
                 return
             self.waiting.pop(0)
             seq.status = "running"

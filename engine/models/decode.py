@@ -27,7 +27,6 @@ META = 8 + 7 * MOST
 tables; then by token id, position, mask. A row's tokens are neighbours; `start` is its KV length before."""
 
 _SOURCES = Path(__file__).parent / "kernels"
-_SHARED_LIMIT = 227 * 1024
 _KC, _WARPS, _GROUP = 1024, 8, 12
 _STAGE = 8 * (_KC * 2 + 64)
 
@@ -64,6 +63,9 @@ def why_not(decoder: Decoder, block_size: int) -> str | None:
         return f"the weights are {decoder.dtype}, not bfloat16"
     if decoder.head_dim not in (64, 128) or block_size != 16:
         return f"heads of {decoder.head_dim} over blocks of {block_size}"
+    processors = torch.cuda.get_device_properties(decoder.device).multi_processor_count
+    if min(decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim, _known(decoder)) < processors:
+        return f"a width is under the {processors} multiprocessors, each of which needs a row"
     if any(n % 32 for n in (decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim)):
         return "a width is no multiple of 32"
     matrices = [m for layer in decoder.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
@@ -192,9 +194,14 @@ class DecodeKernel:
 
         d = self._decoder
         fixed = self._shared_bytes(most)
-        stages = (_SHARED_LIMIT - fixed) // _STAGE
+        attributes = driver.CUdevice_attribute
+        most_shared = attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        limit = _checked(driver.cuDeviceGetAttribute(most_shared, d.device.index or 0))
+        stages = (limit - fixed) // _STAGE
         if stages < 3:
-            raise RuntimeError(f"the decoding kernel's {fixed} bytes of state leave no room for weights")
+            raise RuntimeError(
+                f"{limit} bytes of shared memory leave no room for weights beside {fixed} of state"
+            )
         defines = {
             "H": d.hidden, "NH": d.heads, "NKV": d.kv_heads, "HD": d.head_dim, "INTER": d.inner,
             "LAYERS": len(d.layers), "VOCAB": self.known, "MT": most, "NSM": self._processors,
@@ -277,6 +284,12 @@ def _checked(answer: tuple[Any, ...]) -> Any:
     if int(answer[0]):
         raise RuntimeError(f"CUDA: {answer[0]!s}")
     return answer[1] if len(answer) > 1 else None
+
+
+def _known(decoder: Decoder) -> int:
+    """Rows of the head."""
+    head = _head_weight(decoder)
+    return 0 if head is None else head.shape[0]
 
 
 def _head_weight(decoder: Decoder) -> Tensor | None:

@@ -17,6 +17,7 @@ from transformers.activations import SiLUActivation
 
 from engine.models.draft import DraftForCausalLM
 from engine.models.quantize import QuantizedLinear, QuantizedWeight
+from engine.models.selfcheck import batch_dependence
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures that differ only in biases, norms of query and key, windows and sizes."""
@@ -77,6 +78,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
     name = type(model).__name__
     if name not in FAMILY and not isinstance(model, DraftForCausalLM):
         return f"{name} is not of the Llama family ({', '.join(FAMILY)})"
+    if (reason := batch_dependence(model)) is not None:
+        return reason
     core: Any = model.model
     layer = core.layers[0]
     if not isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU):

@@ -6,6 +6,7 @@ Matrix products are cuBLAS's; what lies between them, and attention, are Triton 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,8 @@ from engine.models.quantize import QuantizedWeight, weight_only_linear
 from engine.models.runner import Batch, Chunk
 from engine.models.selfcheck import UnsupportedModel
 from engine.models.staging import Staging
+
+log = logging.getLogger(__name__)
 
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
@@ -55,8 +58,13 @@ class FusedRunner:
         self.decodes = decode.MOST  # tokens, at most, that go to the kernel
         self.kernel_refused = decode.why_not(d, block_size)
         if self.kernel_refused is None:
-            self.kernel = decode.DecodeKernel(d)
-            self.kernel.compile()
+            try:
+                self.kernel = decode.DecodeKernel(d)
+                self.kernel.compile()
+            except (RuntimeError, ImportError) as error:  # no such compiler, or a device without room for it
+                self.kernel, self.kernel_refused = None, str(error)
+        if self.kernel_refused is not None and d.device.type == "cuda":
+            log.warning("%s decodes by graphs of kernels: %s", type(model).__name__, self.kernel_refused)
         exact = d.dtype in (torch.float32, torch.float64)
         selfcheck.check(self, type(model).__name__, block_size, expected, exact)
         self._pool = None

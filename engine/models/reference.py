@@ -57,7 +57,8 @@ class ReferenceRunner:
         self._groups: list[attention.Group] = []
         if not getattr(model, "_supports_attention_backend", False):
             raise UnsupportedModel(f"{self.name} does not support attention functions in transformers")
-        _refuse_batch_dependence(model)
+        if (reason := selfcheck.batch_dependence(model)) is not None:
+            raise UnsupportedModel(reason)
         expected = selfcheck.own_logits(model)
         model.config._attn_implementation = attention.NAME
         self._int8 = packed is not None and can_pack() and int8_layers(model)
@@ -143,13 +144,3 @@ class ReferenceRunner:
             self.model(input_ids=ids, position_ids=ids, use_cache=False)
         if not self.shapes:
             raise UnsupportedModel(f"{self.name} has no attention layer that a paged KV could serve")
-
-
-def _refuse_batch_dependence(model: PreTrainedModel) -> None:
-    """Rotary frequencies that follow the longest row would let one request change another's text."""
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
-                name = type(model).__name__
-                raise UnsupportedModel(f"{name} has {kind} rotary frequencies, which follow the longest row")

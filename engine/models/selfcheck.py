@@ -32,6 +32,19 @@ class Checkable(Protocol):
     def forward(self, batch: Batch) -> Tensor: ...
 
 
+def batch_dependence(model: PreTrainedModel) -> str | None:
+    """Why one row of a batch could change another's text, or None.
+
+    Rotary frequencies that follow the longest row do; a probe of few tokens would not show it.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                return f"{type(model).__name__} has {kind} rotary frequencies, which follow the longest row"
+    return None
+
+
 def probe_ids(vocab_size: int) -> list[int]:
     return [(7 * i + 3) % vocab_size for i in range(PROBE)]
 

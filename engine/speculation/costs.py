@@ -12,6 +12,7 @@ from statistics import median
 
 _WEIGHT = 0.05  # of a new observation
 _OUTLIER = 4.0  # times the known cost: a compilation or a pause, not a cost
+_BELIEVED = 8  # outliers in a row: it has become the cost
 
 Key = tuple[int, int]
 
@@ -29,6 +30,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._known: dict[Key, float] = {}
+        self._outliers: dict[Key, int] = {}  # in a row
 
     def measure(self, run: Callable[[int, int], float], sizes: list[Key], repeat: int = 5) -> None:
         """Fills the table with medians of `run(rows, tokens)`: one pass, which returns its seconds."""
@@ -37,12 +39,15 @@ class Costs:
             self._known[rows, tokens] = median(run(rows, tokens) for _ in range(repeat))
 
     def observe(self, rows: int, tokens: int, seconds: float) -> None:
-        """Moves the cost of this size towards what was just seen; an outlier is not a cost."""
-        known = self._known.get((rows, tokens))
-        if known is None:
-            self._known[rows, tokens] = seconds
-        elif seconds < _OUTLIER * known:
-            self._known[rows, tokens] = known + _WEIGHT * (seconds - known)
+        """Moves the cost of this size towards what was just seen; a single outlier is not a cost."""
+        key = rows, tokens
+        known = self._known.get(key)
+        outlier = known is not None and seconds >= _OUTLIER * known
+        self._outliers[key] = self._outliers.get(key, 0) + 1 if outlier else 0
+        if known is None or self._outliers[key] >= _BELIEVED:
+            self._known[key], self._outliers[key] = seconds, 0
+        elif not outlier:
+            self._known[key] = known + _WEIGHT * (seconds - known)
 
     def cost(self, rows: int, tokens: int) -> float | None:
         """Seconds; of a size not seen: from the sizes of the nearest number of rows, linear in tokens between

@@ -85,3 +85,12 @@ def test_measuring_an_engines_passes_leaves_it_as_it_was() -> None:
         id="a", prompt_ids=(1, 2, 3), params=SamplingParams(temperature=0, max_tokens=9)
     )
     assert tokens_of(run(engine, [request])["a"]) == tokens_of(run(other, [request])["a"])
+
+
+def test_what_stays_high_has_become_the_cost() -> None:
+    costs = made({(1, 1): 4.0})
+    for _ in range(7):
+        costs.observe(1, 1, 17.0)
+    assert costs.cost(1, 1) == 4.0
+    costs.observe(1, 1, 17.0)
+    assert costs.cost(1, 1) == 17.0

@@ -86,6 +86,13 @@ def test_other_families_are_refused_by_name() -> None:
         FusedRunner(AutoModelForCausalLM.from_config(swapped).eval(), BLOCK)
 
 
+def test_frequencies_that_follow_the_longest_row_are_refused() -> None:
+    rope = {"rope_type": "dynamic", **ROPE}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED, rope_parameters=rope)).eval()
+    with pytest.raises(UnsupportedModel, match="dynamic rotary frequencies"):
+        FusedRunner(model, BLOCK)
+
+
 def test_a_wrong_position_is_found_at_start() -> None:
     model: PreTrainedModel = reference.make(shallow(CONFIGS["llama"]()))
     runner_model = reference.make(shallow(CONFIGS["llama"]()))

@@ -232,7 +232,7 @@ class _Lane:
     def _wait(self) -> None:
         """Until the newest replay has told its answer. A fault on the device is raised here."""
         spins = 0
-        while self._seen[0] != self._replays:
+        while (int(self._seen[0]) - self._replays) & 0xFFFFFFFF:  # the device counts in 32 bits
             spins += 1
             if spins % 1000 == 0:
                 torch.cuda.current_stream().query()  # raises after a fault
