@@ -19,7 +19,6 @@ from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.costs import EngineCosts
 from engine.speculation.drafters.base import Drafts
-from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.policy import Outcome, options_of
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
 from engine.validate import validate
@@ -47,8 +46,7 @@ class Engine:
         self._overlaps = self._parts.target.device.type == "cuda"
         self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
         for drafter in self._parts.drafters.values():
-            if isinstance(drafter, ModelDrafter):
-                drafter.warm(self._table, config.policy, config.max_num_seqs)
+            drafter.warm(self._table, config.policy, config.max_num_seqs)
 
     # ---- requests
 

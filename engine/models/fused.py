@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class FusedRunner:
             self.kernel.attach(self._pool)
         if self.device.type == "cuda":
             width = -(-self.context // self.block_size) + 1
-            self.graphs = PassGraphs(self.run, self.spare_slot, width, self.block_size, self.device)
+            self.graphs = PassGraphs(self.run, self.spare_slot, width, self.device)
             if self.kernel is not None:
                 self.decodes = self._faster(blocks)
 
@@ -139,31 +140,20 @@ class FusedRunner:
         return logits if len(batch.logits_at) == tokens else logits[batch.on_device(self.device).logits_at]
 
     def _decode(self, batch: Batch, tokens: int) -> Tensor:
-        ids, width = iter(batch.ids), max(map(len, batch.block_tables))
-        starts = [c - q for c, q in zip(batch.context_lens, batch.query_lens, strict=True)]
-        meta = decode.pack_meta(starts, [[next(ids) for _ in range(q)] for q in batch.query_lens])
-        for row in batch.block_tables:
-            meta.extend(row)
-            meta.extend([0] * (width - len(row)))
-        words = self._staging.words(meta)
-        return self.decode(words[: decode.META], words[decode.META :].view(-1, width), tokens)
+        ids = iter(batch.ids)
+        meta = decode.pack_meta(batch.starts, [[next(ids) for _ in range(q)] for q in batch.query_lens])
+        words = self._staging.words([*meta, *batch.padded_tables()])
+        tables = words[decode.META :].view(len(batch.query_lens), -1)
+        return self.decode(words[: decode.META], tables, tokens)
 
     def _forward(self, batch: Batch) -> Tensor:
         """Kernel by kernel: prefill."""
-        rows, width = len(batch.query_lens), max(map(len, batch.block_tables))
-        words = [c - q for c, q in zip(batch.context_lens, batch.query_lens, strict=True)]
-        begins = 0
-        for length in batch.query_lens:
-            words.append(begins)
-            begins += length
-        words.extend(batch.query_lens)
-        for row in batch.block_tables:
-            words.extend(row)
-            words.extend([0] * (width - len(row)))
-        on = self._staging.words(words)
-        by_row, tables = on[: 3 * rows].view(3, rows), on[3 * rows :].view(rows, width)
+        lengths, rows = batch.query_lens, len(batch.query_lens)
+        begins = [0, *accumulate(lengths[:-1])]
+        words = self._staging.words([*batch.starts, *begins, *lengths, *batch.padded_tables()])
+        by_row, tables = words[: 3 * rows].view(3, rows), words[3 * rows :].view(rows, -1)
         inputs = batch.on_device(self.device)
-        places = Places(by_row[0], by_row[1], by_row[2], tables, max(batch.query_lens))
+        places = Places(by_row[0], by_row[1], by_row[2], tables, max(lengths))
         return self.head(self.layers(inputs.ids, inputs.positions, inputs.slots, places)[inputs.logits_at])
 
     def decode(self, meta: Tensor, tables: Tensor, most: int) -> Tensor:

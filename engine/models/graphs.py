@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,9 +46,8 @@ class _Captured:
 class PassGraphs:
     """Graphs of `run` for batches of a decoding step; `width`: blocks of the longest row."""
 
-    def __init__(self, run: Pass, spare_slot: int, width: int, block_size: int, device: torch.device) -> None:
-        self._run, self._spare_slot, self._width = run, spare_slot, width
-        self._block_size, self._device = block_size, device
+    def __init__(self, run: Pass, spare_slot: int, width: int, device: torch.device) -> None:
+        self._run, self._spare_slot, self._width, self._device = run, spare_slot, width, device
         self._captured: dict[tuple[int, int, int], _Captured] = {}
         self._pool: Any = None  # the memory that the graphs share
 
@@ -91,17 +91,12 @@ class PassGraphs:
         tables = words[3 * (tokens + rows) :].reshape(rows, self._width)
         by_token[:2, total:], by_token[2, total:] = 0, self._spare_slot
         by_row[2, n:] = 0
-        at, size = 0, self._block_size
         by_token[0, :total] = batch.ids
-        for row, (query, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-            start, blocks = context - query, batch.block_tables[row]
-            by_row[:, row] = start, at, query
+        by_token[1, :total], by_token[2, :total] = batch.places()
+        by_row[0, :n], by_row[2, :n] = batch.starts, batch.query_lens
+        by_row[1, :n] = [0, *accumulate(batch.query_lens[:-1])]
+        for row, blocks in enumerate(batch.block_tables):
             tables[row, : len(blocks)] = blocks
-            for j in range(query):
-                position = start + j
-                by_token[1, at + j] = position
-                by_token[2, at + j] = blocks[position // size] * size + position % size
-            at += query
 
     def _capture(self, rows: int, tokens: int, longest: int) -> _Captured:
         size = 3 * (tokens + rows) + rows * self._width

@@ -57,14 +57,29 @@ class Batch:
             block_size=block_size,
         )
 
-    def on_device(self, device: torch.device) -> Inputs:
-        """By one copy."""
+    @property
+    def starts(self) -> list[int]:
+        """[B], KV length before this pass."""
+        return [context - query for query, context in zip(self.query_lens, self.context_lens, strict=True)]
+
+    def places(self) -> tuple[list[int], list[int]]:
+        """Positions and slots [N]."""
         size = self.block_size
         positions: list[int] = []
         slots: list[int] = []
-        for query, context, blocks in zip(self.query_lens, self.context_lens, self.block_tables, strict=True):
-            positions.extend(range(context - query, context))
-            slots.extend(blocks[p // size] * size + p % size for p in range(context - query, context))
+        for start, context, blocks in zip(self.starts, self.context_lens, self.block_tables, strict=True):
+            positions.extend(range(start, context))
+            slots.extend(blocks[p // size] * size + p % size for p in range(start, context))
+        return positions, slots
+
+    def padded_tables(self) -> list[int]:
+        """[B * width], row by row, each filled up with block 0 to the width of the longest."""
+        width = max(map(len, self.block_tables))
+        return [block for row in self.block_tables for block in (*row, *[0] * (width - len(row)))]
+
+    def on_device(self, device: torch.device) -> Inputs:
+        """By one copy."""
+        positions, slots = self.places()
         packed = torch.tensor([*self.ids, *positions, *slots, *self.logits_at], dtype=torch.int64)
         packed = packed.to(device, non_blocking=True)
         return Inputs(*packed.split_with_sizes([len(self.ids)] * 3 + [len(self.logits_at)]))

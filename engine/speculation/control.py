@@ -63,17 +63,15 @@ class PolicyTable:
         unknown = [row for row in rows if self.learns(row) or row.slot not in self._limits]
         if unknown:
             answers = [(name, policy.limit(state)) for name, policy, state in self._in_use(unknown)]
-            for row, limit in zip(unknown, self._merge(unknown, answers).tolist(), strict=True):
+            merged = self._merge(answers[0][1], answers[1:], self._numbers_of(unknown))
+            for row, limit in zip(unknown, merged.tolist(), strict=True):
                 self._limits[row.slot] = limit
         return [self._limits[row.slot] for row in rows]
 
     def keep_drafting(self, rows: Seq[Sequence], signals: Signals) -> list[bool]:
         """Draft one more? By row; the one read-back of a draft step."""
-        answers = [
-            (name, policy.keep_drafting(signals, state) if policy.needs else torch.ones_like(signals.alive))
-            for name, policy, state in self._in_use(rows)
-        ]
-        keep: list[bool] = self._merge(rows, answers).tolist()
+        names = sorted({row.policy for row in rows})
+        keep: list[bool] = self.decide(names, self._slots_of(rows), self._numbers_of(rows), signals).tolist()
         return keep
 
     def number(self, policy: str) -> int:
@@ -85,14 +83,13 @@ class PolicyTable:
 
         `names`: the policies in use; slots int64[B], numbers int64[B] of each row's own.
         """
-        keep = torch.ones_like(signals.alive)
+        answers = []
         for name in names:
             policy, state = self._policies[name], self._states[name]
             if policy.needs:
                 state.rows = slots
-                answer = policy.keep_drafting(signals, state)
-                keep = torch.where(numbers == self._numbers[name], answer, keep)
-        return keep
+                answers.append((name, policy.keep_drafting(signals, state)))
+        return self._merge(torch.ones_like(signals.alive), answers, numbers)
 
     def needs_of(self, names: Seq[str]) -> frozenset[Need]:
         """The signals that these policies read."""
@@ -107,16 +104,21 @@ class PolicyTable:
         return self._policies[seq.policy].learns
 
     def _in_use(self, rows: Seq[Sequence]) -> list[tuple[str, StopPolicy, State]]:
-        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64, device=self._device)
+        slots = self._slots_of(rows)
         found = []
         for name in sorted({row.policy for row in rows}):
             self._states[name].rows = slots
             found.append((name, self._policies[name], self._states[name]))
         return found
 
-    def _merge(self, rows: Seq[Sequence], answers: list[tuple[str, Tensor]]) -> Tensor:
-        merged = answers[0][1]
-        for name, answer in answers[1:]:
-            own = torch.tensor([row.policy == name for row in rows], device=self._device)
-            merged = torch.where(own, answer, merged)
-        return merged
+    def _merge(self, first: Tensor, answers: Seq[tuple[str, Tensor]], numbers: Tensor) -> Tensor:
+        """`first`, but for the rows whose policy has an answer of its own."""
+        for name, answer in answers:
+            first = torch.where(numbers == self._numbers[name], answer, first)
+        return first
+
+    def _slots_of(self, rows: Seq[Sequence]) -> Tensor:
+        return torch.tensor([row.slot for row in rows], dtype=torch.int64, device=self._device)
+
+    def _numbers_of(self, rows: Seq[Sequence]) -> Tensor:
+        return torch.tensor([self._numbers[row.policy] for row in rows], device=self._device)

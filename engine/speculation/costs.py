@@ -17,14 +17,6 @@ _BELIEVED = 8  # outliers in a row: it has become the cost
 Key = tuple[int, int]
 
 
-@dataclass
-class EngineCosts:
-    """A draft step's costs (as many tokens as rows) and a verification's."""
-
-    draft: Costs = field(default_factory=lambda: Costs())
-    verify: Costs = field(default_factory=lambda: Costs())
-
-
 class Costs:
     """Costs of passes over `rows` rows and `tokens` tokens in all, of one kind (drafting or verifying)."""
 
@@ -68,3 +60,11 @@ class Costs:
     def table(self) -> dict[Key, float]:
         """Everything known, by (rows, tokens)."""
         return dict(self._known)
+
+
+@dataclass
+class EngineCosts:
+    """A draft step's costs (as many tokens as rows) and a verification's."""
+
+    draft: Costs = field(default_factory=Costs)
+    verify: Costs = field(default_factory=Costs)

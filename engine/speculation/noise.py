@@ -28,14 +28,17 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def _state(seed: int, stream: int) -> int:
+    return _mix(((seed & _MASK) + stream * _STEP) & _MASK)
+
+
 def _key(seed: int, stream: int, counter: int) -> int:
-    state = _mix(((seed & _MASK) + stream * _STEP) & _MASK)
-    return _mix((state + counter * _STEP) & _MASK)
+    return _mix((_state(seed, stream) + counter * _STEP) & _MASK)
 
 
 def coupled_state(seed: int) -> int:
     """What of g(seed, position) does not depend on the position, as int64: where kernels go on from."""
-    return _signed(_mix(((seed & _MASK) + _COUPLED * _STEP) & _MASK))
+    return _signed(_state(seed, _COUPLED))
 
 
 def _signed(x: int) -> int:

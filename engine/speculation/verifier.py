@@ -97,9 +97,7 @@ class Verifier:
         for draft in drafts:
             mine = found[start : start + len(draft.tokens) + 1]
             start += len(mine)
-            accepted = 0
-            while accepted < len(draft.tokens) and draft.tokens[accepted] == mine[accepted]:
-                accepted += 1
+            accepted = _agreed(draft.tokens, mine)
             verdict.accepted.append(accepted)
             verdict.next_token.append(mine[accepted])
             verdict.failed.append(-1 in mine)
@@ -126,9 +124,7 @@ class Verifier:
         choices = iter(values.argmax(-1).tolist())
         for i in chosen:
             mine = [next(choices) for _ in range(len(drafts[i].tokens) + 1)]
-            accepted = 0
-            while accepted < len(drafts[i].tokens) and drafts[i].tokens[accepted] == mine[accepted]:
-                accepted += 1
+            accepted = _agreed(drafts[i].tokens, mine)
             verdict.accepted[i], verdict.next_token[i] = accepted, mine[accepted]
 
     def _rejection(
@@ -159,6 +155,14 @@ class Verifier:
         tokens = self._random.categorical(torch.stack(residuals), [rows[i] for i in chosen]).tolist()
         for i, token in zip(chosen, tokens, strict=True):
             verdict.next_token[i] = token
+
+
+def _agreed(drafted: Seq[int], chosen: Seq[int]) -> int:
+    """How many draft tokens, from the first on, are the target's choices."""
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == chosen[accepted]:
+        accepted += 1
+    return accepted
 
 
 def residual(p: Tensor, draft: RowDraft, accepted: int) -> Tensor:

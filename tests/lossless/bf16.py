@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence as Seq
 
+import test_identity as identity
 import torch
 from prompts import PROMPTS
 
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.load import load_model, load_tokenizer
-from engine.types import GenerateRequest, SamplingParams, SpeculationParams
+from engine.types import SpeculationParams
 
 NEAR = 2.0  # ulps
 
@@ -34,19 +34,12 @@ SPECULATIONS = {
 NONE = SpeculationParams(drafter="none")
 
 
-def texts(engine: Engine, prompts: Seq[list[int]], tokens: int, asked: SpeculationParams) -> list[list[int]]:
+def texts(
+    engine: Engine, prompts: list[tuple[int, ...]], tokens: int, asked: SpeculationParams
+) -> list[list[int]]:
     """One prompt after the other, so that every pass has the size it has at batch 1."""
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    found = []
-    for i, ids in enumerate(prompts):
-        engine.add(GenerateRequest(id=str(i), prompt_ids=tuple(ids), params=params, speculation=asked))
-        out: list[int] = []
-        while engine.has_work():
-            for event in engine.step()[0]:
-                assert event.error is None, event.error
-                out.extend(event.token_ids)
-        found.append(out)
-    return found
+    kind = {"temperature": 0, "ignore_eos": True}
+    return identity.generate(engine, prompts, tokens, kind, [asked], 1)[0]
 
 
 class Gaps:
@@ -65,7 +58,7 @@ class Gaps:
 def main() -> None:
     args = _arguments()
     tokenizer = load_tokenizer(args.target)
-    prompts = [tokenizer.encode(text) for text in PROMPTS[: args.prompts]]
+    prompts = [tuple(tokenizer.encode(text)) for text in PROMPTS[: args.prompts]]
     found: dict[str, list[list[int]]] = {}
 
     def engine(runner: str, dtype: str) -> Engine:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOP = 10
+from engine.speculation.features import TOP
+
 _BLOCK = 4096
 _KEEP = 16  # power of two >= TOP
 

@@ -113,13 +113,11 @@ __device__ __forceinline__ void compute(Shared &s, const Params &p, unsigned cha
         if (n >= 0) {
             const Product product(n, r);
             const int l = product.layer, copy = l & 1;
-            MARK(product.kind);
             if (product.kind == OUT) {
 #pragma unroll 1
                 while (s.cleared < l) __nanosleep(20);
                 attend(s, p, me, l);
             }
-            MARK(product.kind + 5);
             const int use = product.kind == HEAD ? 2 : product.kind == GATE_UP;
             const bool normed = product.kind == QKV || product.kind == GATE_UP || product.kind == HEAD;
             const int from = use == 2 ? last : copy;

@@ -107,11 +107,3 @@ struct Shared {
 };
 
 extern __shared__ __align__(128) unsigned char memory[];
-
-#ifdef TRACE  // nanoseconds of one layer's stages, for tuning
-__device__ long long trace[16 * 160];
-__device__ __forceinline__ long long now_ns() { long long t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); return t; }
-#define MARK(i) if (tid == 0 && l == LAYERS / 2 && product.kind != HEAD) trace[(i) * 160 + me] = now_ns()
-#else
-#define MARK(i)
-#endif

@@ -39,6 +39,10 @@ class Drafter(Protocol):
         """Fills the drafter's own KV of rows that lag too far to draft, `budget` tokens in all."""
         ...
 
+    def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
+        """Readies what drafting for up to `rows` rows under the policy will need."""
+        ...
+
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         """Starts one chain for each row, at most limits[i] >= 1 tokens, stopped early by the row's policy.
 

@@ -30,6 +30,9 @@ class NgramDrafter:
     def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
         return None  # it has no KV; draft() keeps the index up
 
+    def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
+        return None
+
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         drafts = self.draft(rows, limits, table)
         return lambda: drafts
