@@ -48,6 +48,10 @@ bench: $(STAMPS)/dev models ## Measure against transformers on this machine
 bench-gpu: $(STAMPS)/dev models ## Measure kernels, a widened pair, transformers and HTTP on this GPU
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
+bench-policies: $(STAMPS)/dev models ## Measure every stop policy side by side, alone and under load
+	$(BIN)/python benchmarks/policies.py $(ARGS)
+	$(BIN)/python benchmarks/policy_load.py $(ARGS)
+
 models: $(STAMPS)/installed ## Fetch the default model
 	@$(BIN)/disco-serve models pull smollm2
 

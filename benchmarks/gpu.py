@@ -4,7 +4,8 @@
 
 `kernels`: random models of the 7B and the 0.5B shape against the memory's floor. `pair`: SmolLM2
 widened to the 7B shape (it computes the same function at the large one's cost; 30 layers instead of
-28) with its own draft. `peer`: transformers on the same weights. `http`: the server under load.
+28) with its own draft. `peer`: transformers on the same weights. `http`: the server under load;
+`http7b`: the same of the exact 7B shape, in random weights, without a draft.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-STAGES = ("kernels", "pair", "peer", "http")
+STAGES = ("kernels", "pair", "peer", "http", "http7b")
 console = Console(width=150)
 
 
@@ -36,7 +37,13 @@ def main() -> None:
     wide = args.work / "wide"
     for stage in args.stages:
         begin = time.perf_counter()
-        figures[stage] = {"kernels": _kernels, "pair": _pair, "peer": _peer, "http": _http}[stage](args, wide)
+        figures[stage] = {
+            "kernels": _kernels,
+            "pair": _pair,
+            "peer": _peer,
+            "http": _http,
+            "http7b": _http7b,
+        }[stage](args, wide)
         figures[stage]["stage_seconds"] = time.perf_counter() - begin
         record.save(args.json, figures)
         gc.collect()
@@ -131,12 +138,32 @@ def _peer(args: argparse.Namespace, wide: Path) -> dict[str, Any]:
     return {"rows": [row.__dict__ for row in rows]}
 
 
+def _http7b(args: argparse.Namespace, wide: Path) -> dict[str, Any]:
+    from shapes import random_model
+
+    from engine.models.load import load_tokenizer
+
+    exact = args.work / "random7b"
+    if not exact.exists():
+        random_model("7b").save_pretrained(exact)
+        load_tokenizer(args.source).save_pretrained(exact)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return _served(args, exact, ["--draft", "none"], {"SL=0": None})
+
+
 def _http(args: argparse.Namespace, wide: Path) -> dict[str, Any]:
+    return _served(args, wide, [], {"SL=0": {"drafter": "none"}, "default": None})
+
+
+def _served(
+    args: argparse.Namespace, model: Path, flags: list[str], settings: dict[str, dict[str, Any] | None]
+) -> dict[str, Any]:
     from http_load import measure
 
     port, log = 8765, (args.work / "server.log").open("wb")
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--target", str(wide)]
-    command += ["--port", str(port), "--served-model-name", "wide", "--max-model-len", "4096"]
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--target", str(model)]
+    command += ["--port", str(port), "--served-model-name", "wide", "--max-model-len", "4096", *flags]
     server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": _path()})
     try:
         begin = time.perf_counter()
@@ -152,7 +179,7 @@ def _http(args: argparse.Namespace, wide: Path) -> dict[str, Any]:
                 )
             time.sleep(0.5)
         found: dict[str, Any] = {"start_seconds": time.perf_counter() - begin, "loads": []}
-        for name, speculation in (("SL=0", {"drafter": "none"}), ("default", None)):
+        for name, speculation in settings.items():
             for streams in (1, 4, 16, 32):
                 load = measure(
                     f"http://127.0.0.1:{port}/v1", "wide", streams, 128, max(4, 2 * streams),

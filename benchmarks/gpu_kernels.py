@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from draft_step import ENDLESS, draft_step
 from shapes import random_model
 
 from engine.config import EngineConfig
@@ -14,11 +15,6 @@ from engine.core import Engine
 from engine.models.fused import FusedRunner
 from engine.models.runner import Batch, Chunk
 from engine.parts import assemble
-from engine.sequence import Sequence
-from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.model import ModelDrafter
-from engine.speculation.policy import options_of
-from engine.types import GenerateRequest, SamplingParams
 
 BLOCK, CONTEXT = 16, 1024
 PASSES = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (4, 1), (16, 1), (4, 4), (8, 5), (32, 1), (32, 5), (64, 1))
@@ -116,38 +112,6 @@ def passes(name: str, read: float, rate: float) -> dict[str, Any]:
     return found
 
 
-def draft_step(drafter: ModelDrafter, engine: Engine, context: int = CONTEXT) -> dict[str, float]:
-    """Seconds of a draft step, all in (choose, signals, policy, model), of one greedy row.
-
-    The slope between drafts of 4 and of 16 tokens, as the host's clock sees them.
-    """
-    table = PolicyTable(1, engine._parts.target.device)
-    options = options_of("confidence", {"signal": "joint", "threshold": 0.0, "max_sl": 16})
-    request = GenerateRequest(
-        id="x", prompt_ids=tuple(range(5, 5 + context)), params=SamplingParams(temperature=0)
-    )
-    seq = Sequence(request, 0, True, "model", "confidence", options, 16)
-    blocks = engine._parts.blocks
-    seq.table = blocks.match(seq.tokens, "", 0)
-    assert blocks.extend(seq.table, context + 32)
-    table.take(seq)
-    found: dict[int, list[float]] = {4: [], 16: []}
-    for _ in range(30):
-        for sl, times in found.items():
-            seq.draft_kv_len = context - 1
-            begin = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            begin.record()
-            drafts = drafter.begin([seq], [sl], table)()
-            end.record()
-            torch.cuda.synchronize()
-            assert len(drafts[0].tokens) == sl, drafts[0]
-            times.append(begin.elapsed_time(end) / 1000)
-    blocks.release(seq.table)
-    slope = (median(found[16][5:]) - median(found[4][5:])) / 12
-    return {"seconds": slope, "four": median(found[4][5:]), "sixteen": median(found[16][5:])}
-
-
 def random_draft_step() -> dict[str, float]:
     """The draft step of the 0.5B shape; its target is itself, since only the draft is timed."""
     model = random_model("0.5b")
@@ -157,6 +121,4 @@ def random_draft_step() -> dict[str, float]:
     parts = assemble(
         config, runner, runner, blocks=512, max_model_len=4096, vocab=runner.vocab_size, eos_ids=[1]
     )
-    drafter = parts.drafters["model"]
-    assert isinstance(drafter, ModelDrafter)
-    return draft_step(drafter, Engine(config, parts))
+    return draft_step(Engine(config, parts), "confidence", ENDLESS, context=CONTEXT)

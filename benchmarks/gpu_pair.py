@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_kernels import BLOCK, device_seconds, draft_step, weight_bytes
+from draft_step import ENDLESS, draft_step
+from gpu_kernels import BLOCK, device_seconds, weight_bytes
 from widen import SHAPES, Shape, widen
 
 from classifiers.heldout import Prompt, prompts
@@ -21,7 +22,6 @@ from engine.core import Engine
 from engine.models.fused import FusedRunner
 from engine.models.load import load_model, load_tokenizer
 from engine.models.runner import Batch, Chunk
-from engine.speculation.drafters.model import ModelDrafter
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
 
 _SALT = count()
@@ -91,14 +91,14 @@ def generate(
 
 def costs(engine: Engine) -> dict[str, Any]:
     """Of this pair, at batch 1 and 1k of context: seconds of a draft step all in, of verifying n tokens."""
-    target, drafter = engine._parts.target, engine._parts.drafters["model"]
-    assert isinstance(target, FusedRunner) and isinstance(drafter, ModelDrafter)
+    target = engine._parts.target
+    assert isinstance(target, FusedRunner)
     verify = {}
     for tokens in (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 16):
         made = Batch.pack([Chunk([7] * tokens, 512, list(range(40)), tokens)], BLOCK)
         verify[tokens] = device_seconds(lambda made=made: target.forward(made), calls=5, repeat=5)[0]
     return {
-        "draft": draft_step(drafter, engine, 512),
+        "draft": draft_step(engine, "confidence", ENDLESS),
         "verify": verify,
         "weight_bytes": weight_bytes(target),
     }

@@ -16,7 +16,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `target`: a model reference (`engine.models.load`). `draft`: "none", "ngram", "default" (the one
     that ships for the target), "self:N" or a model reference. `policy` and `policy_options` are the
-    default of requests that name none.
+    default of requests that name none. `heads` are files of trained heads for policies; those that
+    ship for the pair are found by themselves. `policy_state` is a file for what policies learn over
+    all requests; it is read at start and written now and then.
     `kv_blocks` None takes `memory_fraction` of what the models leave; `max_model_len` None is the
     target's own context. `token_budget` bounds the tokens of one target pass, so that a long
     prompt does not hold up the others. `memory_fraction` None: 0.9 on a GPU, 0.25 on a CPU.
@@ -26,6 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     draft: str = "ngram"
     policy: str = "heuristic"
     policy_options: dict[str, Any] = {}
+    heads: tuple[str, ...] = ()
+    policy_state: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
     max_model_len: int | None = None

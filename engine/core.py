@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.costs import EngineCosts
 from engine.speculation.drafters.base import Drafts
-from engine.speculation.policy import Outcome, options_of
+from engine.speculation.memory import Memory
+from engine.speculation.policy import options_of
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
 from engine.validate import validate
 
@@ -35,18 +37,24 @@ class Engine:
         self.info = self._parts.info
         self._config = config
         self._blocks = self._parts.blocks
-        self._table = PolicyTable(config.max_num_seqs, self._parts.target.device)
+        device = self._parts.target.device
+        self._tables = {
+            name: PolicyTable(config.max_num_seqs, device, equipment)
+            for name, equipment in self._parts.equipment.items()
+        }
         self._scheduler = Scheduler(
-            self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._table.put_aside
+            self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._put_aside
         )
+        state = config.policy_state
+        self._memory = None if state is None else Memory(Path(state), self._tables, self._parts.pair)
         self._sequences: dict[str, Sequence] = {}
-        self.costs = measured(self._parts) if self._parts.target.device.type == "cuda" else EngineCosts()
+        self.costs = measured(self._parts) if parts is None or device.type == "cuda" else EngineCosts()
         self._arrivals = 0
         self._flight: _Flight | None = None
-        self._overlaps = self._parts.target.device.type == "cuda"
+        self._overlaps = device.type == "cuda"
         self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
-        for drafter in self._parts.drafters.values():
-            drafter.warm(self._table, config.policy, config.max_num_seqs)
+        for name, drafter in self._parts.drafters.items():
+            drafter.warm(self._tables[name], config.policy, config.max_num_seqs)
 
     # ---- requests
 
@@ -84,6 +92,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    def close(self) -> None:
+        """Keeps what was learned; nothing is asked of the engine afterwards."""
+        if self._memory is not None:
+            self._memory.keep(idle=True, last=True)
+
     # ---- one iteration
 
     @torch.inference_mode()
@@ -98,6 +111,8 @@ class Engine:
         if self._overlaps and self._sequences:
             self._flight = self._begin()
         events = [self._event(row, flight) for row in rows if row.samples or row.failed]
+        if self._memory is not None:
+            self._memory.keep(idle=not self._sequences)
         return events, self._stats(rows, events, flight, seconds)
 
     def _begin(self) -> _Flight:
@@ -123,20 +138,22 @@ class Engine:
                 flight.logits = self._run_target(rows)
             self._verify(rows, flight.logits)
             flight.verified = time.perf_counter()
-            self._observe_costs(rows, flight)
             for row in rows:
                 self._commit(row)
+            self._observe_costs(rows, flight)
         return rows
 
     def _limits(self, decoding: list[Sequence]) -> list[tuple[int, str | None]]:
         """What each decoding row may draft: the policy's wish, within caps and the room that is left."""
-        speculating = [seq for seq in decoding if seq.drafter != "none"]
         wishes: dict[str, int] = {}
-        if speculating:
-            for seq in speculating:
-                if seq.slot < 0:
-                    self._table.take(seq)
-            wishes = dict(zip([s.id for s in speculating], self._table.limits(speculating), strict=True))
+        for name, table in self._tables.items():
+            mine = [seq for seq in decoding if seq.drafter == name]
+            if mine:
+                table.load.refresh(self.costs.drafts[name], self.costs.verify, len(decoding))
+                for seq in mine:
+                    if seq.slot < 0:
+                        table.take(seq)
+                wishes |= zip([seq.id for seq in mine], table.limits(mine), strict=True)
         limits: list[tuple[int, str | None]] = []
         for seq in decoding:
             if seq.id not in wishes:
@@ -163,7 +180,7 @@ class Engine:
             chosen = [row for row in mine if row.sl > 0]
             if chosen:
                 limits = [row.sl for row in chosen]
-                begun.append((chosen, drafter.begin([row.seq for row in chosen], limits, self._table)))
+                begun.append((chosen, drafter.begin([row.seq for row in chosen], limits, self._tables[name])))
         return begun
 
     def _run_target(self, rows: list[PlanRow]) -> Tensor:
@@ -198,24 +215,26 @@ class Engine:
         for i, row in enumerate(sampling):
             row.accepted, row.next_token = verdict.accepted[i], verdict.next_token[i]
             row.failed = verdict.failed[i]
-        self._observe([row for row in sampling if row.draft.tokens and self._table.learns(row.seq)])
-
-    def _observe(self, rows: list[PlanRow]) -> None:
-        """Tells the policies what became of their drafts."""
-        if rows:
-            device = self._parts.target.device
-            drafted = torch.tensor([len(row.draft.tokens) for row in rows], device=device)
-            accepted = torch.tensor([row.accepted for row in rows], device=device)
-            self._table.observe([row.seq for row in rows], Outcome(drafted=drafted, accepted=accepted))
+        for name, table in self._tables.items():
+            learning = [
+                row for row in sampling if row.decodes and row.seq.drafter == name and table.learns(row.seq)
+            ]
+            if learning:
+                drafted, accepted = [len(r.draft.tokens) for r in learning], [r.accepted for r in learning]
+                table.observe([row.seq for row in learning], drafted, accepted)
 
     def _observe_costs(self, rows: list[PlanRow], flight: _Flight) -> None:
-        """Only of iterations without prefill: what drafting and verifying alone took."""
+        """Only of iterations without prefill: what drafting and verifying alone took, and what they gave."""
         if all(row.decodes for row in rows):
+            emitted = sum(len(row.new) for row in rows)
+            for table in self._tables.values():
+                table.load.observe(len(rows), emitted, flight.verified - flight.begin)
             drafts = [len(row.draft.tokens) for row in rows]
             self.costs.verify.observe(len(rows), len(rows) + sum(drafts), flight.verified - flight.drafted)
-            if steps := max(drafts):
+            if len(flight.drafts) == 1 and (steps := max(drafts)):
                 drafting = sum(1 for length in drafts if length)
-                self.costs.draft.observe(drafting, drafting, (flight.drafted - flight.begin) / steps)
+                costs = self.costs.drafts[next(row.seq.drafter for row in rows if row.draft.tokens)]
+                costs.observe(drafting, drafting, (flight.drafted - flight.begin) / steps)
 
     def _commit(self, row: PlanRow) -> None:
         """Moves the row on: KV lengths, tokens, and its end if it has come."""
@@ -265,8 +284,13 @@ class Engine:
 
     def _end(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
-        self._table.give_back(seq)
+        if seq.drafter in self._tables:
+            self._tables[seq.drafter].give_back(seq)
         del self._sequences[seq.id]
+
+    def _put_aside(self, seq: Sequence) -> None:
+        if seq.drafter in self._tables:
+            self._tables[seq.drafter].put_aside(seq)
 
     def _stats(
         self, rows: list[PlanRow], events: list[TokenEvent], flight: _Flight, seconds: float

@@ -19,7 +19,7 @@ def measured(parts: Parts) -> EngineCosts:
     _measure(found.verify, parts.target, parts, _VERIFY)
     drafter = parts.drafters.get("model")
     if isinstance(drafter, ModelDrafter):
-        _measure(found.draft, drafter.runner, parts, _DRAFT)
+        _measure(found.drafts["model"], drafter.runner, parts, _DRAFT)
     return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.config import EngineConfig
 from engine.kv.blocks import BlockManager
 from engine.kv.pool import LayerShape, bytes_per_block
-from engine.models import builtin, load
+from engine.models import builtin, fingerprint, load
 from engine.models.decoder import unsupported
 from engine.models.draft import is_draft, read_config
 from engine.models.packed import PackedWeights
@@ -26,8 +28,10 @@ from engine.models.runner import Runner
 from engine.speculation.drafters.base import Drafter
 from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.drafters.ngram import NgramDrafter
+from engine.speculation.heads import Head, HeadError, builtin_heads, load_head
+from engine.speculation.load import Load
 from engine.speculation.noise import CounterDraws, GumbelNoise, RandomSource
-from engine.speculation.policy import options_of
+from engine.speculation.policy import Equipment, options_of, policies, refusals
 from engine.speculation.verifier import Verifier
 from engine.types import CannotLoad, ModelInfo
 
@@ -48,6 +52,8 @@ class Parts:
     blocks: BlockManager
     info: ModelInfo
     token_budget: int
+    equipment: dict[str, Equipment]  # of policies, by drafter
+    pair: dict[str, str] = field(default_factory=dict)  # fingerprints of target and draft
 
 
 def build(config: EngineConfig) -> Parts:
@@ -56,6 +62,7 @@ def build(config: EngineConfig) -> Parts:
     dtype = load.pick_dtype(config.dtype, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    named = _named_heads(config)
     tokenizer = load.load_tokenizer(config.target, config.trust_remote_code)
     model = load.load_model(
         config.target, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
@@ -67,6 +74,9 @@ def build(config: EngineConfig) -> Parts:
     packed: PackedWeights | None = {} if device.type == "cpu" and dtype == torch.float32 else None
     target = _runner(config, model, packed)
     draft = None if draft_model is None else _runner(config, draft_model, packed)
+    pair = {"target": fingerprint.of_model(config.target)}
+    pair["draft"] = fingerprint.of_draft(config.draft, config.target, tokenizer) or config.draft
+    heads = _heads(named, pair, draft)
     runners = [target] if draft is None else [target, draft]
     max_model_len = config.max_model_len or target.context
     if max_model_len > target.context:
@@ -74,7 +84,7 @@ def build(config: EngineConfig) -> Parts:
     blocks = _count_blocks(config, runners, max_model_len, device)
     for runner in runners:
         runner.allocate(blocks)
-    return assemble(
+    parts = assemble(
         config,
         target,
         draft,
@@ -84,7 +94,47 @@ def build(config: EngineConfig) -> Parts:
         eos_ids=eos_ids,
         bos_id=tokenizer.bos_token_id,
         dtype=str(dtype).removeprefix("torch."),
+        heads=heads,
     )
+    parts.pair = pair
+    return parts
+
+
+def _named_heads(config: EngineConfig) -> dict[str, Head]:
+    """The heads of the config by path, before models are loaded. Raises ConfigError, HeadError."""
+    named: dict[str, Head] = {}
+    for path in config.heads:
+        if config.draft in ("none", "ngram"):
+            raise ConfigError(f"head {path!r}: draft {config.draft!r} is no model to be judged")
+        head = load_head(Path(path))
+        if head.kind not in policies():
+            raise ConfigError(f"head {path!r}: no policy reads a head of kind {head.kind!r}")
+        if other := next((each for each, known in named.items() if known.kind == head.kind), None):
+            raise ConfigError(f"heads {other!r} and {path!r} are both of kind {head.kind!r}: name one")
+        named[path] = head
+    return named
+
+
+def _heads(named: Mapping[str, Head], pair: Mapping[str, str], draft: Runner | None) -> Mapping[str, Head]:
+    """The heads that ship for the pair, and those that were named, which come first: by kind."""
+    if draft is None:
+        return {}
+    found = dict(builtin_heads(pair["draft"], pair["target"]))
+    for path, head in named.items():
+        try:
+            head.check(pair["draft"], hidden=draft.hidden_size)
+        except HeadError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        found[head.kind] = head
+    for kind, head in found.items():
+        log.info("head for policy %s: taught on %s with %s", kind, head.target.name, head.draft.name)
+    return found
+
+
+def _shown(head: Head) -> dict[str, Any]:
+    """What the API tells of a head."""
+    taught = {"draft": head.draft.name, "target": head.target.name, "data": head.data}
+    return {**taught, "options": msgspec.to_builtins(head.options), "scores": head.scores}
 
 
 def _quantize(config: EngineConfig, target: PreTrainedModel, draft: PreTrainedModel | None) -> None:
@@ -156,8 +206,12 @@ def assemble(
     bos_id: int | None = None,
     dtype: str = "float32",
     random: RandomSource | None = None,
+    heads: Mapping[str, Head] | None = None,
 ) -> Parts:
-    """Parts around runners whose pools have `blocks` blocks. `random` replaces rejection sampling's draws."""
+    """Parts around runners whose pools have `blocks` blocks. `random` replaces rejection sampling's draws.
+
+    `heads`: of the policies that were taught for this pair, by policy.
+    """
     manager = BlockManager(blocks, config.block_size, config.prefix_cache)
     noise = GumbelNoise(vocab, target.device)
     random = random or CounterDraws()
@@ -165,13 +219,20 @@ def assemble(
     if config.draft != "none":
         drafters["ngram"] = NgramDrafter(target.device)
     if draft is not None:
-        drafters["model"] = ModelDrafter(draft, manager, vocab, eos_ids, noise, random)
+        drafters["model"] = ModelDrafter(draft, manager, vocab, eos_ids, noise, random, config.max_sl)
         if draft.vocab_size < vocab:
             raise ConfigError(
                 f"the vocabulary of draft {config.draft!r} has {draft.vocab_size} ids, the target's {vocab}: "
                 "the draft could not read every token"
             )
+    equipment = {name: Equipment(Load(target.device)) for name in drafters}
+    if draft is not None:
+        equipment["model"] = Equipment(Load(target.device), heads or {}, draft.hidden_size)
     options = options_of(config.policy, config.policy_options)
+    default = "model" if draft is not None else "ngram" if drafters else "none"
+    refused = {name: refusals(each) for name, each in equipment.items()}
+    if (reason := refused.get(default, {}).get(config.policy)) is not None:
+        raise ConfigError(f"policy {config.policy!r} cannot govern drafter {default!r}: {reason}")
     info = ModelInfo(
         target=config.target,
         draft=None if draft is None else config.draft,
@@ -184,13 +245,15 @@ def assemble(
         kv_blocks=blocks,
         block_size=config.block_size,
         drafters=(*sorted(drafters), "none"),
-        default_drafter="model" if draft is not None else "ngram" if drafters else "none",
+        default_drafter=default,
         default_policy=config.policy,
         default_options={name: getattr(options, name) for name in options.__struct_fields__},
         max_sl=config.max_sl,
+        refusals=refused,
+        heads={kind: _shown(head) for kind, head in (heads or {}).items()},
     )
     budget = config.token_budget or (2048 if target.device.type == "cuda" else 256)
-    return Parts(target, drafters, Verifier(eos_ids, noise, random), manager, info, budget)
+    return Parts(target, drafters, Verifier(eos_ids, noise, random), manager, info, budget, equipment)
 
 
 def _draft_model(

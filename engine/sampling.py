@@ -51,12 +51,18 @@ def scaled_logits(logits: Tensor, places: Seq[Place], eos_ids: Seq[int]) -> Tens
     return out
 
 
-def plain(seq: Sequence) -> bool:
-    """Whether the law is softmax(logits / temperature), or the argmax, without penalties and filters."""
+def unadjusted(seq: Sequence) -> bool:
+    """Whether the law is softmax(logits / temperature) or the argmax, but for what filters cut."""
     params = seq.params
     adjusted = _penalised(params) or bool(params.logit_bias) or seq.generated < params.min_tokens
+    return not adjusted and not 0 < params.temperature < _TINY
+
+
+def plain(seq: Sequence) -> bool:
+    """Whether it is that without filters."""
+    params = seq.params
     filtered = params.temperature > 0 and (params.top_k or params.top_p < 1 or params.min_p)
-    return not adjusted and not filtered and not 0 < params.temperature < _TINY
+    return unadjusted(seq) and not filtered
 
 
 def _penalised(params: SamplingParams) -> bool:

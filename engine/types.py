@@ -161,3 +161,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     default_policy: str
     default_options: dict[str, Any]
     max_sl: int
+    refusals: dict[str, dict[str, str]] = {}  # by drafter: policies it cannot serve here, and why
+    heads: dict[str, dict[str, Any]] = {}  # by policy: of its trained head, what the API shows

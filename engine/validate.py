@@ -93,6 +93,14 @@ def _speculation(speculation: SpeculationParams, info: ModelInfo) -> None:
     if speculation.policy is not None or speculation.options is not None:
         name = info.default_policy if speculation.policy is None else speculation.policy
         options_of(name, speculation.options)
+    drafter = speculation.drafter or info.default_drafter
+    name = speculation.policy or info.default_policy
+    if (reason := info.refusals.get(drafter, {}).get(name)) is not None:
+        raise InvalidRequest(
+            f"policy {name!r} cannot govern drafter {drafter!r} here: {reason}",
+            "speculation.drafter" if speculation.policy is None else "speculation.policy",
+            "policy_unavailable",
+        )
     if speculation.max_sl is not None:
         _integer(speculation.max_sl, "speculation.max_sl", 0, info.max_sl)
 

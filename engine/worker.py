@@ -62,6 +62,10 @@ class EngineCore(Protocol):
 
     def step(self) -> tuple[list[TokenEvent], StepStats]: ...
 
+    def close(self) -> None:
+        """The last call, when the loop ends without a fault."""
+        ...
+
 
 EngineFactory = Callable[[EngineConfig], EngineCore]
 
@@ -108,9 +112,11 @@ def serve(load: Callable[[], EngineCore], channel: Channel) -> bool:
     channel.send(Ready(info))
     loop = _Loop(engine, channel)
     try:
-        loop.run()
-    except ClientGone:
-        log.warning("the client is gone; the engine ends")
+        try:
+            loop.run()
+        except ClientGone:
+            log.warning("the client is gone; the engine ends")
+        engine.close()
     except Exception as error:
         # Nothing is known of the engine's state now, and a CUDA error outlives the call that met it.
         log.exception("the engine failed with %d requests open", len(loop.ids))

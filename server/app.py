@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,8 @@ async def _load(context: Context) -> None:
         log.exception("the engine cannot load")
         context.loading_error = error
     else:
-        log.info("the engine is ready: %s", context.engine.info)
+        info = context.engine.info
+        log.info("the engine is ready: %s", msgspec.structs.replace(info, heads={}, refusals={}))
 
 
 def _add_layers(app: FastAPI, context: Context) -> None:

@@ -31,6 +31,8 @@ _ENGINE_FLAGS = (
     "draft",
     "policy",
     "policy_options",
+    "head",
+    "policy_state",
     "device",
     "dtype",
     "max_model_len",
@@ -153,7 +155,11 @@ def pull_model(
 def main() -> None:
     """Entry point of the command. Other rooms add commands of their own by entry point."""
     for entry in entry_points(group="disco_serve.commands"):
-        app.command(entry.name)(entry.load())
+        command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
     app()
 
 

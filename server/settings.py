@@ -41,6 +41,12 @@ class Settings(BaseSettings):
     policy: str = Field("heuristic", description="stop policy of requests that name none")
     policy_options: dict[str, Any] = Field({}, description="options of that policy, as JSON")
 
+    head: Strings = Field([], description="trained heads of policies, files; the shipped ones are found")
+
+    policy_state: str | None = Field(
+        None, min_length=1, description="file for what policies learn over all requests; default: none"
+    )
+
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key: Secrets = Field([], description="keys that open the API; none: open to all")
@@ -87,6 +93,8 @@ class Settings(BaseSettings):
             draft=self.draft or default_draft(self.target),
             policy=self.policy,
             policy_options=self.policy_options,
+            heads=tuple(self.head),
+            policy_state=self.policy_state,
             device=self.device,
             dtype=self.dtype,
             max_model_len=self.max_model_len,

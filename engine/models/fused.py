@@ -6,6 +6,7 @@ Matrix products are cuBLAS's; what lies between them, and attention, are Triton 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from itertools import accumulate
@@ -36,6 +37,10 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 class FusedRunner:
     """A `Runner` for the Llama family. `allocate` makes the pool, as with the reference runner."""
 
@@ -48,6 +53,8 @@ class FusedRunner:
         self.context = int(model.config.max_position_embeddings)
         d = self.decoder
         self.shapes = {i: LayerShape(d.kv_heads, d.head_dim, d.head_dim) for i in range(len(d.layers))}
+        self._hidden: Callable[[], Tensor | None] = lambda: None
+        self.hidden_size = d.hidden
         self._pool: KVPool | None = None
         self._whole: Tensor | None = None
         self._staging = Staging(d.device)
@@ -73,6 +80,10 @@ class FusedRunner:
     @property
     def vocab_size(self) -> int:
         return self.decoder.vocab
+
+    @property
+    def hidden(self) -> Tensor | None:
+        return self._hidden()
 
     @property
     def device(self) -> torch.device:
@@ -109,12 +120,12 @@ class FusedRunner:
         if blocks < 16:  # the self-check's pool
             return decode.MOST
         assert self.graphs is not None
-        table = list(range(min(blocks, 66)))
+        table = list(range(min(blocks, 66, self.context // self.block_size)))
         start = (len(table) - 1) * self.block_size
         batch = Batch.pack([Chunk([0] * min(16, self.block_size), start, table, 16)], self.block_size)
         seconds = []
         graphs = self.graphs
-        runs: list[Callable[[], Tensor]] = [lambda: self._decode(batch, 16), lambda: graphs.forward(batch)]
+        runs: list[Callable[[], object]] = [lambda: self._decode(batch, 16), lambda: graphs.forward(batch)]
         for run in runs:
             for _ in range(3):
                 run()
@@ -132,12 +143,17 @@ class FusedRunner:
         """Writes the batch's KV and returns logits [M, vocab_size], valid until the next pass."""
         rows, tokens = len(batch.query_lens), sum(batch.query_lens)
         if self.kernel is not None and max(tokens, rows) <= self.decodes:
-            logits = self._decode(batch, tokens)
+            logits, hidden = self._decode(batch, tokens), functools.partial(self.kernel.normed, tokens)
         elif self.graphs is not None and self.graphs.takes(batch):
-            logits = self.graphs.forward(batch)
+            logits, normed = self.graphs.forward(batch)
+            hidden = functools.partial(_itself, normed)
         else:
             return self._forward(batch)
-        return logits if len(batch.logits_at) == tokens else logits[batch.on_device(self.device).logits_at]
+        self._hidden = hidden
+        if len(batch.logits_at) < tokens:
+            at = batch.on_device(self.device).logits_at
+            logits, self._hidden = logits[at], lambda: hidden()[at]
+        return logits
 
     def _decode(self, batch: Batch, tokens: int) -> Tensor:
         ids = iter(batch.ids)
@@ -154,7 +170,10 @@ class FusedRunner:
         by_row, tables = words[: 3 * rows].view(3, rows), words[3 * rows :].view(rows, -1)
         inputs = batch.on_device(self.device)
         places = Places(by_row[0], by_row[1], by_row[2], tables, max(lengths))
-        return self.head(self.layers(inputs.ids, inputs.positions, inputs.slots, places)[inputs.logits_at])
+        normed = self.layers(inputs.ids, inputs.positions, inputs.slots, places)
+        normed = normed[inputs.logits_at]
+        self._hidden = functools.partial(_itself, normed)
+        return self.head(normed)
 
     def decode(self, meta: Tensor, tables: Tensor, most: int) -> Tensor:
         """A pass of at most 16 tokens in one launch; float32[most, vocab_size]. See DecodeKernel."""
@@ -198,9 +217,10 @@ class FusedRunner:
             delta = linear(inner, layer.down, layer.down_bias)
         return add_norm(hidden, delta, d.norm, d.eps)
 
-    def run(self, ids: Tensor, positions: Tensor, slots: Tensor, places: Places) -> Tensor:
-        """logits [N, vocab_size] of every token."""
-        return self.head(self.layers(ids, positions, slots, places))
+    def run(self, ids: Tensor, positions: Tensor, slots: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """logits [N, vocab_size] and the head's input [N, hidden] of every token."""
+        normed = self.layers(ids, positions, slots, places)
+        return self.head(normed), normed
 
     def head(self, normed: Tensor) -> Tensor:
         """[M, hidden] -> logits [M, vocab_size]."""

@@ -21,12 +21,12 @@ from engine.models.runner import Batch
 
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _ROWS = (1, 4, 16, 32, 64)
-_LONGEST = (1, 8, 24)
+_LONGEST = (1, 8, 32)
 """Few sizes, since a capture takes a tenth of a second; but attention splits the context by the rows that
 a graph is made for, and few rows need it split."""
 
-Pass = Callable[[Tensor, Tensor, Tensor, Places], Tensor]
-"""(ids, positions, slots, places) -> logits [tokens, vocab]."""
+Pass = Callable[[Tensor, Tensor, Tensor, Places], tuple[Tensor, Tensor]]
+"""(ids, positions, slots, places) -> logits [tokens, vocab], the head's input [tokens, hidden]."""
 
 
 def bucket(n: int, sizes: Seq[int] = (1, 2, 4, 8, 16, 32, 64)) -> int:
@@ -40,6 +40,7 @@ class _Captured:
     words: Tensor  # int32, the inputs where the graph reads them
     host: Tensor  # pinned, the same
     logits: Tensor
+    hidden: Tensor
     copied: torch.cuda.Event
 
 
@@ -57,16 +58,17 @@ class PassGraphs:
         return sum(batch.query_lens) <= _TOKENS[-1] and rows <= _ROWS[-1] and longest <= _LONGEST[-1]
 
     def warm(self, rows: int, longest: int) -> None:
-        """Captures what decoding up to `rows` rows will need, and verifying up to 3 drafts of each."""
-        for size in _ROWS:
-            if size < 2 * rows:
-                for most in _LONGEST[: 1 + (longest > 1)]:
-                    for tokens in _TOKENS:
-                        if size <= tokens <= max(size * min(most, 4), 16):
-                            self._found(size, tokens, most)
+        """Captures what decoding up to `rows` rows of up to `longest` tokens will need."""
+        least = 0
+        for most in _LONGEST:
+            for size in (size for size in _ROWS if size < 2 * rows and least < longest):
+                for tokens in _TOKENS:
+                    if size + least <= tokens <= max(bucket(min(size * most, _TOKENS[-1]), _TOKENS), 16):
+                        self._found(size, tokens, most)
+            least = most
 
-    def forward(self, batch: Batch) -> Tensor:
-        """logits [tokens of the batch, vocab], valid until the next pass of this size."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and the head's input of the batch's tokens, valid until the next pass of this size."""
         rows, total = len(batch.query_lens), sum(batch.query_lens)
         key = bucket(rows, _ROWS), bucket(total, _TOKENS), bucket(max(batch.query_lens), _LONGEST)
         found = self._found(*key)
@@ -75,7 +77,7 @@ class PassGraphs:
         found.words.copy_(found.host, non_blocking=True)
         found.copied.record()
         found.graph.replay()
-        return found.logits[:total]
+        return found.logits[:total], found.hidden[:total]
 
     def _found(self, rows: int, tokens: int, longest: int) -> _Captured:
         key = rows, tokens, longest
@@ -111,8 +113,7 @@ class PassGraphs:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._run(*inputs)
+            logits, hidden = self._run(*inputs)
         self._pool = graph.pool()
-        return _Captured(
-            graph, words, torch.zeros(size, dtype=torch.int32).pin_memory(), logits, torch.cuda.Event()
-        )
+        host = torch.zeros(size, dtype=torch.int32).pin_memory()
+        return _Captured(graph, words, host, logits, hidden, torch.cuda.Event())

@@ -53,6 +53,7 @@ class ReferenceRunner:
         self.name = type(model).__name__
         self.shapes: dict[int, LayerShape] = {}
         self._pool: KVPool | None = None
+        self.hidden: Tensor | None = None
         self._slots = torch.empty(0, dtype=torch.int64)  # of the batch at hand, as are the groups
         self._groups: list[attention.Group] = []
         if not getattr(model, "_supports_attention_backend", False):
@@ -68,6 +69,7 @@ class ReferenceRunner:
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.__dict__["paged"] = self._attend
+        self.hidden_size = self._watch_head()
         self._probe()
         exact = self.dtype in (torch.float32, torch.float64) and not self._int8
         selfcheck.check(self, self.name, block_size, expected, exact)
@@ -136,6 +138,18 @@ class ReferenceRunner:
         return attention.attend(self._groups, self._pool, layer, query[0], scale, sliding_window, softcap)[
             None
         ]
+
+    def _watch_head(self) -> int | None:
+        """Keeps the head's input of every pass in `hidden`; its width."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return None
+
+        def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self.hidden = given[0].reshape(-1, given[0].shape[-1])
+
+        head.register_forward_pre_hook(keep)
+        return int(self.model.config.get_text_config().hidden_size)
 
     def _probe(self) -> None:
         """Learns the KV shape of every layer from a pass without a pool."""

@@ -101,6 +101,16 @@ class Runner(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def hidden(self) -> Tensor | None:
+        """[M, H]: what the last pass's logits were made of, until the next pass; None if `hidden_size` is."""
+        ...
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of `hidden`, or None where the model does not show it."""
+        ...
+
     def forward(self, batch: Batch) -> Tensor:
         """Writes the batch's KV and returns logits [M, vocab_size]."""
         ...

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
 from engine.sequence import Sequence
-from engine.speculation.policy import Need, Outcome, Signals, State, StopPolicy, policies
+from engine.speculation.judge import Judge
+from engine.speculation.load import Load
+from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, StopPolicy, policies
+
+MOST_JUDGED = 64  # rows
 
 
 class PolicyTable:
-    """Engine-owned policy state for `slots` rows.
+    """Engine-owned policy state for `slots` rows of one drafter.
 
     Every policy in use answers for all rows of the batch; each row takes its own policy's answer.
     """
 
-    def __init__(self, slots: int, device: torch.device) -> None:
+    def __init__(self, slots: int, device: torch.device, equipment: Equipment | None = None) -> None:
+        """Policies that `equipment` (a bare engine's if None) cannot serve are left out."""
         self._device = device
-        self._policies = policies()
+        equipment = equipment or Equipment(Load(device))
+        self.load = equipment.load
+        self._policies = {n: each for n, each in policies().items() if each.missing(equipment) is None}
         # One slot more than rows: what the padding of a captured graph reads and writes.
         self.spare_slot = slots
         self._states: dict[str, State] = {
-            p: self._policies[p].allocate(slots + 1, device) for p in self._policies
+            name: policy.allocate(slots + 1, device, equipment) for name, policy in self._policies.items()
         }
         self._numbers = {name: i for i, name in enumerate(sorted(self._policies))}
         self._free = list(range(slots - 1, -1, -1))
-        self._limits: dict[int, int] = {}  # by slot; constants of policies that do not learn
+        self._limits: dict[int, int] = {}  # by slot: of policies that do not learn, and what a judge said
+        self._judges: dict[tuple[tuple[str, ...], int], Judge] = {}
+        self._begun: tuple[Judge, dict[int, int]] | None = None  # and by slot the row's place in it
+        self._heat = torch.zeros(slots + 1, dtype=torch.float32, device=device)
+        for state in self._states.values():
+            state.temperatures = self._heat
 
     def take(self, seq: Sequence) -> None:
         """Gives the sequence a slot, reset to its options or as it was put aside.
@@ -36,6 +49,9 @@ class PolicyTable:
         """
         seq.slot = self._free.pop()
         self._limits.pop(seq.slot, None)
+        if self._begun is not None:
+            self._begun[1].pop(seq.slot, None)
+        self._heat[seq.slot] = seq.params.temperature
         state = self._states[seq.policy]
         self._policies[seq.policy].reset(state, seq.slot, seq.options)
         for name, value in (seq.policy_state or {}).items():
@@ -60,13 +76,25 @@ class PolicyTable:
 
     def limits(self, rows: Seq[Sequence]) -> list[int]:
         """What each row's policy wants to draft at most. Read back only where it may have changed."""
-        unknown = [row for row in rows if self.learns(row) or row.slot not in self._limits]
+        told = self._told()
+        unknown = [
+            row for row in rows if row.slot not in self._limits or (self.learns(row) and row.slot not in told)
+        ]
         if unknown:
-            answers = [(name, policy.limit(state)) for name, policy, state in self._in_use(unknown)]
-            merged = self._merge(answers[0][1], answers[1:], self._numbers_of(unknown))
+            answers = [(state.mine, policy.limit(state)) for policy, state in self._in_use(unknown)]
+            merged = _merge(answers[0][1], answers[1:])
             for row, limit in zip(unknown, merged.tolist(), strict=True):
                 self._limits[row.slot] = limit
         return [self._limits[row.slot] for row in rows]
+
+    def _told(self) -> set[int]:
+        """Takes over the limits that a judge was asked for; the slots they are of."""
+        if self._begun is None:
+            return set()
+        (judge, places), self._begun = self._begun, None
+        found = judge.limits()
+        self._limits |= {slot: found[at] for slot, at in places.items()}
+        return set(places)
 
     def keep_drafting(self, rows: Seq[Sequence], signals: Signals) -> list[bool]:
         """Draft one more? By row; the one read-back of a draft step."""
@@ -87,38 +115,78 @@ class PolicyTable:
         for name in names:
             policy, state = self._policies[name], self._states[name]
             if policy.needs:
-                state.rows = slots
-                answers.append((name, policy.keep_drafting(signals, state)))
-        return self._merge(torch.ones_like(signals.alive), answers, numbers)
+                state.rows, state.mine = slots, numbers == self._numbers[name]
+                answers.append((state.mine, policy.keep_drafting(signals, state)))
+        return _merge(torch.ones_like(signals.alive), answers)
 
     def needs_of(self, names: Seq[str]) -> frozenset[Need]:
         """The signals that these policies read."""
         return frozenset().union(*(self._policies[name].needs for name in names))
 
-    def observe(self, rows: Seq[Sequence], outcome: Outcome) -> None:
-        for _, policy, state in self._in_use(rows):
-            policy.observe(outcome, state)
+    def observe(self, rows: Seq[Sequence], drafted: Seq[int], accepted: Seq[int]) -> None:
+        """Tells the policies of rows that learn what became of their drafts.
+
+        On a GPU it also asks for their next limits, which `limits` will read.
+        """
+        if self._device.type == "cuda" and len(rows) <= MOST_JUDGED:
+            judge = self.judge(tuple(sorted({row.policy for row in rows})), len(rows))
+            slots, numbers = [row.slot for row in rows], [self._numbers[row.policy] for row in rows]
+            judge.begin(slots, numbers, drafted, accepted)
+            self._begun = judge, {slot: at for at, slot in enumerate(slots)}
+            return
+        told = [i for i, count in enumerate(drafted) if count]
+        if told:
+            taught = torch.tensor([[drafted[i], accepted[i]] for i in told], device=self._device)
+            outcome = Outcome(taught[:, 0], taught[:, 1])
+            for policy, state in self._in_use([rows[i] for i in told]):
+                policy.observe(outcome, state)
+
+    def judge(self, names: tuple[str, ...], rows: int) -> Judge:
+        """For at most so many rows of these policies; captured at first use."""
+        key = names, 1 << (rows - 1).bit_length()
+        if key not in self._judges:
+            rule = functools.partial(self.verdict, names)
+            self._judges[key] = Judge(rule, key[1], self.spare_slot, self._device)
+        return self._judges[key]
+
+    def verdict(
+        self, names: Seq[str], slots: Tensor, numbers: Tensor, drafted: Tensor, accepted: Tensor
+    ) -> Tensor:
+        """int64[B]: tells these policies, then asks for limits; all on the device: what a graph captures."""
+        answers = []
+        for name in names:
+            policy, state = self._policies[name], self._states[name]
+            state.rows, state.mine = slots, numbers == self._numbers[name]
+            policy.observe(Outcome(drafted, accepted), state)
+            answers.append((state.mine, policy.limit(state)))
+        return _merge(answers[0][1], answers[1:])
+
+    def shared(self) -> dict[str, dict[str, Tensor]]:
+        """What policies have learned over all requests, by policy and name; not a copy."""
+        return {name: state.shared for name, state in self._states.items() if state.shared}
 
     def learns(self, seq: Sequence) -> bool:
         """Whether the row's policy is to be told of outcomes."""
-        return self._policies[seq.policy].learns
+        return self._policies[seq.policy].learns(seq.options)
 
-    def _in_use(self, rows: Seq[Sequence]) -> list[tuple[str, StopPolicy, State]]:
-        slots = self._slots_of(rows)
+    def _in_use(self, rows: Seq[Sequence]) -> list[tuple[StopPolicy, State]]:
+        slots, numbers = self._slots_of(rows), self._numbers_of(rows)
         found = []
         for name in sorted({row.policy for row in rows}):
-            self._states[name].rows = slots
-            found.append((name, self._policies[name], self._states[name]))
+            state = self._states[name]
+            state.rows, state.mine = slots, numbers == self._numbers[name]
+            found.append((self._policies[name], state))
         return found
-
-    def _merge(self, first: Tensor, answers: Seq[tuple[str, Tensor]], numbers: Tensor) -> Tensor:
-        """`first`, but for the rows whose policy has an answer of its own."""
-        for name, answer in answers:
-            first = torch.where(numbers == self._numbers[name], answer, first)
-        return first
 
     def _slots_of(self, rows: Seq[Sequence]) -> Tensor:
         return torch.tensor([row.slot for row in rows], dtype=torch.int64, device=self._device)
 
     def _numbers_of(self, rows: Seq[Sequence]) -> Tensor:
         return torch.tensor([self._numbers[row.policy] for row in rows], device=self._device)
+
+
+def _merge(first: Tensor, answers: Seq[tuple[Tensor | None, Tensor]]) -> Tensor:
+    """`first`, but for the rows that have an answer of their own: (which rows, answer)."""
+    for mine, answer in answers:
+        first = answer if mine is None else torch.where(mine, answer, first)
+    return first

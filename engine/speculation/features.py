@@ -13,6 +13,8 @@ from torch import Tensor
 from engine.speculation.policy import Need
 
 TOP = 10
+VERSION = 1
+"""Of the features: a head taught on others is refused."""
 
 
 def signals(logits: Tensor, tokens: Tensor, needs: Set[Need]) -> dict[Need, Tensor]:

@@ -19,7 +19,7 @@ from engine.sequence import Sequence
 _MASK = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15
 _MUL1, _MUL2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_COUPLED, _DRAWS = 1, 2  # separate streams of one seed
+_COUPLED, _DRAWS, _VECTORS = 1, 2, 3  # separate streams of one seed
 
 
 def _mix(x: int) -> int:
@@ -39,6 +39,11 @@ def _key(seed: int, stream: int, counter: int) -> int:
 def coupled_state(seed: int) -> int:
     """What of g(seed, position) does not depend on the position, as int64: where kernels go on from."""
     return _signed(_state(seed, _COUPLED))
+
+
+def draws_state(seed: int) -> int:
+    """As `coupled_state`, of the noise keyed by the draw counter, by which kernels sample for rejection."""
+    return _signed(_state(seed, _VECTORS))
 
 
 def _signed(x: int) -> int:

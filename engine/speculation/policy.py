@@ -10,8 +10,8 @@ reset when another request takes the slot and never leaks from request to reques
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -19,7 +19,11 @@ from torch import Tensor
 
 from engine.types import InvalidRequest
 
-Need = Literal["prob", "largest", "top", "entropy", "joint"]
+if TYPE_CHECKING:
+    from engine.speculation.heads import Head
+    from engine.speculation.load import Load
+
+Need = Literal["prob", "largest", "top", "entropy", "joint", "hidden"]
 """A signal that a policy reads; the drafter computes only the union of what policies in use need."""
 
 
@@ -40,6 +44,7 @@ class Signals:
     top: Tensor | None = None  # float32[B, 10], the largest probabilities of q, descending
     entropy: Tensor | None = None  # float32[B], nats, over the whole vocabulary
     joint: Tensor | None = None  # float32[B], product of `prob` along this draft
+    hidden: Tensor | None = None  # float32[B, H], the draft's last state, normed, that `token` comes from
 
 
 @dataclass
@@ -50,15 +55,49 @@ class Outcome:
     accepted: Tensor  # int64[B], accepted prefix as verified (before any cut at EOS)
 
 
+@dataclass(frozen=True)
+class Equipment:
+    """What an engine has for its policies. `heads`: by policy; `hidden`: the draft's width, if told."""
+
+    load: Load
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    hidden: int | None = None
+
+
 class State:
     """A policy's tensors by row slot, seen through the rows of the batch at hand.
 
-    `state["sl"]` gathers the batch's rows as [B, ...]; `state["sl"] = x` scatters them back.
+    `state["sl"]` gathers the batch's rows as [B, ...]; `state["sl"] = x` scatters them back. `mine`
+    bool[B]: the rows that the policy governs (None: all); it is asked about all, and told of all.
+    `shared`: what the policy learns over all requests; changed in place only, since captured graphs
+    read it, and so is the engine's `load`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        load: Load | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.tensors = dict(tensors)  # each [slots, ...]
+        self.shared = dict(shared or {})
         self.rows = torch.empty(0, dtype=torch.int64)
+        self.mine: Tensor | None = None
+        self.temperatures: Tensor | None = None
+        self._load = load
+
+    @property
+    def heat(self) -> Tensor:
+        """float32[B]: the temperatures of the batch's rows; 0 where nobody has told."""
+        if self.temperatures is None:
+            return torch.zeros(len(self.rows), dtype=torch.float32, device=self.rows.device)
+        return self.temperatures[self.rows]
+
+    @property
+    def load(self) -> Load:
+        if self._load is None:
+            raise RuntimeError("this policy's state was allocated without the engine's load")
+        return self._load
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name][self.rows]
@@ -80,12 +119,18 @@ class StopPolicy(Protocol):
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]]
     needs: ClassVar[frozenset[Need]]  # empty: keep_drafting is not asked, `limit` alone decides
-    learns: ClassVar[
-        bool
-    ]  # whether `observe` changes anything; if not, it is not called and `limit` is constant
+    shares: ClassVar[bool]  # whether a row's answers may depend on other rows, or on earlier requests
 
-    def allocate(self, slots: int, device: torch.device) -> State:
-        """State for `slots` rows."""
+    def missing(self, equipment: Equipment) -> str | None:
+        """Why an engine with this equipment cannot serve the policy, or None."""
+        ...
+
+    def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
+        """State for `slots` rows, for an engine that has what is needed."""
+        ...
+
+    def learns(self, options: Any) -> bool:
+        """Whether `observe` changes anything; if not, it is not called and `limit` is constant."""
         ...
 
     def reset(self, state: State, slot: int, options: Any) -> None:
@@ -147,6 +192,12 @@ def options_of(name: str, options: Mapping[str, Any] | None) -> msgspec.Struct:
         raise InvalidRequest(
             f"options of policy {name!r}: {error}", "speculation.options", "invalid_option"
         ) from error
+
+
+def refusals(equipment: Equipment) -> dict[str, str]:
+    """The policies that an engine with this equipment cannot serve, and why."""
+    reasons = {name: policy.missing(equipment) for name, policy in sorted(policies().items())}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def describe() -> dict[str, Any]:

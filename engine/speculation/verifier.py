@@ -10,7 +10,7 @@ arXiv 2211.17192).
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,32 +18,39 @@ from torch import Tensor
 
 from engine.sampling import Place, plain, scaled_logits
 from engine.sequence import Sequence
-from engine.speculation.drafters.base import RowDraft
-from engine.speculation.noise import GumbelNoise, RandomSource, coupled_state
+from engine.speculation.drafters.base import RowDraft, Verdict, agreed
+from engine.speculation.noise import GumbelNoise, RandomSource
 
 if TYPE_CHECKING:
-    from engine.models.kernels.choose import Chooser
-
-
-@dataclass
-class Verdict:
-    """By row: how many draft tokens stand, and the token after them; `failed` rows have NaN logits."""
-
-    accepted: list[int]
-    next_token: list[int]
-    failed: list[bool]
+    from engine.speculation.device_verifier import DeviceVerifier
 
 
 class Verifier:
     def __init__(self, eos_ids: Seq[int], noise: GumbelNoise, random: RandomSource) -> None:
         self._eos_ids, self._noise, self._random = eos_ids, noise, random
-        self._chooser: Chooser | None = None
-        self._most = 0  # rows it has room for
+        self._on_device: DeviceVerifier | None = None
 
     def verify(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
         """`logits` [sum(len(draft) + 1), V]: the target's at every position of every row, in order."""
-        if logits.is_cuda and all(row.coupled and plain(row) for row in rows):
-            return self._on_device(rows, drafts, logits)
+        if not logits.is_cuda:
+            return self._on_host(rows, drafts, logits)
+        if self._on_device is None:
+            from engine.speculation.device_verifier import DeviceVerifier  # imports triton
+
+            self._on_device = DeviceVerifier()
+        starts = [0, *accumulate(len(draft.tokens) + 1 for draft in drafts)]
+        easy = [i for i, row in enumerate(rows) if plain(row) and not drafts[i].laws]
+        hard = [i for i in range(len(rows)) if i not in set(easy)]
+        verdict = Verdict([0] * len(rows), [0] * len(rows), [False] * len(rows))
+        if easy:
+            mine = [rows[i] for i in easy], [drafts[i] for i in easy], [starts[i] for i in easy]
+            verdict.fill(easy, self._on_device.verify(*mine, logits))
+        if hard:
+            their = torch.cat([logits[starts[i] : starts[i + 1]] for i in hard])
+            verdict.fill(hard, self._on_host([rows[i] for i in hard], [drafts[i] for i in hard], their))
+        return verdict
+
+    def _on_host(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
         places = [
             Place(row, draft.tokens[:k])
             for row, draft in zip(rows, drafts, strict=True)
@@ -69,40 +76,6 @@ class Verifier:
             self._rejection(rejection, starts, rows, drafts, scaled, verdict)
         return verdict
 
-    def _on_device(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
-        """Coupled rows without penalties and filters: two kernels and one read-back."""
-        from engine.models.kernels.choose import Chooser  # imports triton
-
-        count = logits.shape[0]
-        if self._chooser is None or self._most < count:
-            self._most = max(64, 1 << (count - 1).bit_length())
-            self._chooser = Chooser(self._most, logits.shape[1], logits.device)
-        wide: list[int] = []
-        temperatures: list[float] = []
-        for row, draft in zip(rows, drafts, strict=True):
-            state, at = coupled_state(row.seed), len(row.tokens)
-            for k in range(len(draft.tokens) + 1):
-                wide.extend((state, at + k))
-                temperatures.append(row.params.temperature)
-        host = torch.tensor(wide, dtype=torch.int64).view(-1, 2).T.contiguous().pin_memory()
-        states, positions = host.to(logits.device, non_blocking=True)
-        heat = (
-            torch.tensor(temperatures, dtype=torch.float32).pin_memory().to(logits.device, non_blocking=True)
-        )
-        places = torch.arange(count, dtype=torch.int32, device=logits.device)
-        choice = self._chooser(logits, places, states, positions, heat)
-        found = torch.where(choice.fine[:count] != 0, choice.token[:count], -1).tolist()
-        verdict = Verdict([], [], [])
-        start = 0
-        for draft in drafts:
-            mine = found[start : start + len(draft.tokens) + 1]
-            start += len(mine)
-            accepted = _agreed(draft.tokens, mine)
-            verdict.accepted.append(accepted)
-            verdict.next_token.append(mine[accepted])
-            verdict.failed.append(-1 in mine)
-        return verdict
-
     def _coupled(
         self,
         chosen: list[int],
@@ -124,7 +97,7 @@ class Verifier:
         choices = iter(values.argmax(-1).tolist())
         for i in chosen:
             mine = [next(choices) for _ in range(len(drafts[i].tokens) + 1)]
-            accepted = _agreed(drafts[i].tokens, mine)
+            accepted = agreed(drafts[i].tokens, mine)
             verdict.accepted[i], verdict.next_token[i] = accepted, mine[accepted]
 
     def _rejection(
@@ -141,7 +114,8 @@ class Verifier:
         for i in chosen:
             for k, token in enumerate(drafts[i].tokens):
                 p = laws[starts[i] + k, token]
-                ratios.append(p / drafts[i].laws[k][token] if drafts[i].laws else p)
+                q = drafts[i].law(k)
+                ratios.append(p if q is None else p / q[token])
                 owners.append(rows[i])
         stands = iter(
             self._random.bernoulli(torch.stack(ratios).clamp(max=1), owners).tolist() if ratios else []
@@ -157,14 +131,6 @@ class Verifier:
             verdict.next_token[i] = token
 
 
-def _agreed(drafted: Seq[int], chosen: Seq[int]) -> int:
-    """How many draft tokens, from the first on, are the target's choices."""
-    accepted = 0
-    while accepted < len(drafted) and drafted[accepted] == chosen[accepted]:
-        accepted += 1
-    return accepted
-
-
 def residual(p: Tensor, draft: RowDraft, accepted: int) -> Tensor:
     """float[V]: norm(max(p - q, 0)) at the first draft token that fell; p itself if all stand.
 
@@ -173,9 +139,10 @@ def residual(p: Tensor, draft: RowDraft, accepted: int) -> Tensor:
     if accepted == len(draft.tokens):
         return p
     rest = p.clone()
-    if draft.laws:
-        rest = (rest - draft.laws[accepted]).clamp(min=0)
-    else:
+    q = draft.law(accepted)
+    if q is None:
         rest[draft.tokens[accepted]] = 0
+    else:
+        rest = (rest - q).clamp(min=0)
     total = rest.sum()
     return torch.where(total > 0, rest / total, p)

@@ -44,12 +44,25 @@ async def model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.get("/v1/policies")
 async def policies(request: Request) -> dict[str, Any]:
-    """What the field `speculation` may name: drafters, and policies with their options as JSON schema."""
+    """What the field `speculation` may name: drafters, and policies with their options as JSON schema.
+
+    `unavailable` says by drafter why a policy cannot govern it here; `head` what it was taught on.
+    """
     info = context_of(request).ready()
     return {
         "object": "list",
         "drafters": list(info.drafters),
-        "policies": [{"name": name, "options": schema} for name, schema in describe().items()],
+        "policies": [
+            {
+                "name": name,
+                "options": schema,
+                "unavailable": {
+                    drafter: reasons[name] for drafter, reasons in info.refusals.items() if name in reasons
+                },
+                "head": info.heads.get(name),
+            }
+            for name, schema in describe().items()
+        ],
         "max_sl": info.max_sl,
         "default": {
             "drafter": info.default_drafter,

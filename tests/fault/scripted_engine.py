@@ -50,6 +50,9 @@ class Scripted:
         if self.open.pop(request_id, None):
             self.aborted += 1
 
+    def close(self) -> None:
+        return None
+
     def has_work(self) -> bool:
         return bool(self.open)
 

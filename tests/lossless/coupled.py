@@ -28,6 +28,14 @@ EVERY_SPECULATION = (
         for drafter in ("model", "ngram")
         for signal, threshold in (("token", 0.4), ("top", 0.5), ("joint", 0.1))
     ),
+    *(spec(drafter, "confidence", signal="top", online=True) for drafter in ("model", "ngram")),
+    *(spec(drafter, "adaedl", threshold=0.5) for drafter in ("model", "ngram")),
+    spec("model", "svip", scale=1.0, threshold=1.0),
+    spec("model", "ddd", first=1, every=2, threshold=-2.0),
+    *(spec(drafter, "tetris", share=2) for drafter in ("model", "ngram")),
+    *(spec(drafter, "bandit", max_sl=5) for drafter in ("model", "ngram")),
+    spec("model", "disco"),
+    spec("model", "specdec_pp"),
 )
 
 

@@ -14,7 +14,7 @@ from lossless.toys import Pair
 from torch import Tensor
 
 from engine.speculation import policy as registry
-from engine.speculation.policy import Need, Outcome, Signals, State
+from engine.speculation.policy import Equipment, Need, Outcome, Signals, State
 
 # Two draft tokens of three fall, and half of the drafted ones are token 0.
 PEEK_PAIR = Pair(
@@ -35,9 +35,15 @@ class Peek:
     name: ClassVar[str] = "peek"
     Options: ClassVar[type[msgspec.Struct]] = PeekOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"prob"})
-    learns: ClassVar[bool] = True
+    shares: ClassVar[bool] = False
 
-    def allocate(self, slots: int, device: torch.device) -> State:
+    def missing(self, equipment: Equipment) -> str | None:
+        return None
+
+    def learns(self, options: Any) -> bool:
+        return True
+
+    def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         no = torch.zeros(slots, dtype=torch.bool, device=device)
         return State({"was_zero": no, "pause": no.clone()})
 

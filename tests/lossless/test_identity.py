@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.speculation.policy import policies
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
 
 FEW_TOKENS = 16
@@ -44,10 +44,20 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
         f"confidence {signal}": ("confidence", {"signal": signal, "threshold": 0.4})
         for signal in ("token", "top", "joint")
     },
+    "confidence online": ("confidence", {"online": True}),
+    **{name: (name, {}) for name in ("adaedl", "svip", "ddd", "tetris", "bandit", "goodput")},
 }
+OF_HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "disco": ("disco", {}),
+    "disco bold": ("disco", {"tau": 0.05, "max_sl": 16}),
+    "specdec_pp": ("specdec_pp", {}),
+    "specdec_pp bold": ("specdec_pp", {"h": 0.98, "max_sl": 16}),
+}
+"""With the heads that ship for the default pair: of its draft model only."""
 EVERY = {
     f"{drafter}, {name}": SpeculationParams(drafter=drafter, policy=policy, options=options)
-    for drafter, (name, (policy, options)) in product(("ngram", "model"), POLICIES.items())
+    for drafter, named in (("ngram", POLICIES), ("model", POLICIES | OF_HEADS))
+    for name, (policy, options) in named.items()
 } | {"none": SpeculationParams(drafter="none")}
 MIXED = "mixed policies"
 
@@ -203,15 +213,21 @@ SHORT = [
     ("ngram, heuristic", 1),
     ("model, static 3", 1),
     ("model, confidence joint", 8),
+    ("model, disco", 8),
+    ("model, specdec_pp bold", 8),
+    ("model, goodput", 8),
     (MIXED, 8),
 ]
+
+
+MIX = [EVERY[name] for name in ("ngram, static 7", "model, goodput", "model, disco", "model, tetris")]
+"""One for each of the few prompts: neighbours of other drafters and policies."""
 
 
 @pytest.mark.parametrize(("name", "batch"), SHORT)
 def test_greedy_is_transformers_generate(engine: Engine, smollm2: Path, name: str, batch: int):
     prompts, expected = encoded(smollm2, FEW), by_transformers(smollm2, FEW, FEW_TOKENS)
-    # Mixed: neighbours of other drafters and policies, each prompt with two of them.
-    kinds = list(EVERY.values())[3::4] if name == MIXED else [EVERY[name]]
+    kinds = MIX if name == MIXED else [EVERY[name]]
     tally = compare(engine, name, prompts, expected, FEW_TOKENS, GREEDY, kinds, batch)
     report(smollm2, [tally], prompts, expected)
     assert tally.drafted > 0
@@ -221,7 +237,7 @@ def test_greedy_is_transformers_generate(engine: Engine, smollm2: Path, name: st
 def test_seeded_sampling_is_the_same_text(engine: Engine, smollm2: Path, kind: str):
     prompts = encoded(smollm2, FEW)
     plain, *_ = generate(engine, prompts, FEW_TOKENS, SEEDED[kind], [EVERY["none"]], 8)
-    for kinds, batch in (list(EVERY.values())[3::4], 8), ([EVERY["model, static 3"]], 1):
+    for kinds, batch in (MIX, 8), ([EVERY["model, static 3"]], 1):
         count = len(prompts) if batch > 1 else 2
         tally = compare(engine, kind, prompts[:count], plain[:count], FEW_TOKENS, SEEDED[kind], kinds, batch)
         report(smollm2, [tally], prompts, plain)
@@ -237,3 +253,8 @@ def test_a_difference_is_found_and_explained(smollm2: Path):
     tally = Tally("wrong", 64, [(1, 3)], 0, 0)
     with pytest.raises(AssertionError, match="prompt 1 parts at token 3, top-2 gap"):
         report(smollm2, [tally], prompts, expected)
+
+
+def test_every_policy_is_compared():
+    """A policy that comes later is not forgotten here."""
+    assert {speculation.policy for speculation in EVERY.values()} == {*policies(), None}

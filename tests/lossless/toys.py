@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from lossless.toy_heads import toy_heads
 from torch import Tensor
+from torch.nn import functional
 
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.runner import Batch
 from engine.parts import assemble
+from engine.speculation.heads import Head
 from engine.speculation.noise import RandomSource
 from engine.types import GenerateRequest, TokenEvent
 
@@ -28,6 +31,7 @@ Logits = Callable[[Context], list[float]]
 
 _SPACING = 1000  # an entry is token + _SPACING * position: a wrong position reads as a strange token
 CONTEXT = 96
+HIDDEN = 4  # width of what a toy shows as its state: its first logits
 
 
 class ToyRunner:
@@ -35,6 +39,7 @@ class ToyRunner:
 
     def __init__(self, logits: Logits, vocab: int, blocks: int, block_size: int) -> None:
         self.vocab_size, self.context, self.device = vocab, CONTEXT, torch.device("cpu")
+        self.hidden_size, self.hidden = HIDDEN, torch.empty(0, HIDDEN)
         self._logits, self._block_size = logits, block_size
         self._kv = [-1] * (blocks * block_size)
 
@@ -52,7 +57,9 @@ class ToyRunner:
             for j in range(query)
         ]
         rows = [self._logits(self._read(*lengths[at])) for at in batch.logits_at]
-        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self.vocab_size)
+        logits = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self.vocab_size)
+        self.hidden = functional.pad(logits, (0, HIDDEN))[:, :HIDDEN].float()
+        return logits
 
     def warm(self, rows: int, longest: int) -> None:
         return None
@@ -155,8 +162,14 @@ def toy_engine(
         vocab=pair.vocab,
         eos_ids=eos,
         random=random,
+        heads=_heads(),
     )
     return Engine(config, parts)
+
+
+@cache
+def _heads() -> dict[str, Head]:
+    return toy_heads(HIDDEN)
 
 
 def run(engine: Engine, requests: Seq[GenerateRequest]) -> dict[str, list[TokenEvent]]:

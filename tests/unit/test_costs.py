@@ -8,7 +8,7 @@ from engine.speculation.costs import Costs
 def made(sizes: dict[tuple[int, int], float]) -> Costs:
     costs = Costs()
     for (rows, tokens), seconds in sizes.items():
-        costs.observe(rows, tokens, seconds)
+        costs.know(rows, tokens, seconds)
     return costs
 
 
@@ -44,6 +44,30 @@ def test_a_cost_follows_what_is_seen_and_not_an_outlier() -> None:
     assert costs.cost(1, 1) == pytest.approx(6.0, abs=1e-3)
 
 
+def test_the_first_pass_of_a_size_is_no_cost() -> None:
+    """It compiles and captures."""
+    costs = made({(1, 1): 5.0})
+    costs.observe(1, 8, 400.0)
+    assert costs.cost(1, 8) == 5.0
+    costs.observe(1, 8, 6.0)
+    assert costs.cost(1, 8) == 6.0
+
+
+def test_a_first_cost_far_too_high_is_dropped_for_the_next() -> None:
+    costs = made({(1, 1): 5.0})
+    for seconds in (400.0, 400.0, 6.0):
+        costs.observe(1, 8, seconds)
+    assert costs.cost(1, 8) == 6.0
+
+
+def test_sizes_share_a_bucket() -> None:
+    costs = Costs()
+    for tokens in (70, 80, 90):
+        costs.observe(33, tokens, 7.0)
+    assert costs.table() == {(64, 96): 7.0}
+    assert costs.cost(40, 71) == 7.0
+
+
 def test_measuring_warms_up_and_takes_the_median() -> None:
     calls: list[tuple[int, int]] = []
 
@@ -69,7 +93,7 @@ def test_an_engine_learns_what_its_passes_cost() -> None:
         speculation=SpeculationParams(policy="static", options={"sl": 2}),
     )
     run(engine, [request])
-    assert (1, 3) in engine.costs.verify.table() and (1, 1) in engine.costs.draft.table()
+    assert (1, 3) in engine.costs.verify.table() and (1, 1) in engine.costs.drafts["model"].table()
 
 
 def test_measuring_an_engines_passes_leaves_it_as_it_was() -> None:
@@ -80,7 +104,7 @@ def test_measuring_an_engines_passes_leaves_it_as_it_was() -> None:
 
     engine, other = toy_engine(different(5)), toy_engine(different(5))
     found = measured(engine._parts)
-    assert found.verify.cost(1, 8) is not None and found.draft.cost(4, 4) is not None
+    assert found.verify.cost(1, 8) is not None and found.drafts["model"].cost(4, 4) is not None
     request = GenerateRequest(
         id="a", prompt_ids=(1, 2, 3), params=SamplingParams(temperature=0, max_tokens=9)
     )

@@ -157,7 +157,8 @@ def run(
 
 def nothing_is_held(engine: Engine) -> None:
     assert engine._blocks.used_blocks == 0
-    assert sorted(engine._table._free) == list(range(engine._config.max_num_seqs))
+    for table in engine._tables.values():
+        assert sorted(table._free) == list(range(engine._config.max_num_seqs))
     assert not engine._scheduler.running and not engine._scheduler.waiting
 
 

@@ -125,7 +125,8 @@ def test_a_tree_attends_its_own_branch(programs: int) -> None:
 def test_rows_stop_each_for_its_reason(compact: bool) -> None:
     """Row 0 goes on, 1 stops by its policy, 2 by its drafter, 3 by its limit, 4 had stopped, 5 goes on."""
     size, most, block = 8, 16, 16
-    rows = {name: torch.zeros(size, dtype=torch.int64, device=DEVICE) for name in ("position", "limit")} | {
+    longs = ("position", "key", "limit")
+    rows = {name: torch.zeros(size, dtype=torch.int64, device=DEVICE) for name in longs} | {
         name: torch.zeros(size, dtype=torch.int32, device=DEVICE)
         for name in ("place", "alive", "length", "reason", "ids", "positions", "slots", "starts", "lengths")
     }
@@ -147,6 +148,7 @@ def test_rows_stop_each_for_its_reason(compact: bool) -> None:
     assert rows["reason"][:6].tolist() == [0, 1, 2, 0, 1, 0]
     assert rows["alive"].tolist() == [1, 0, 0, 0, 0, 1, 0, 0]
     assert rows["position"][:6].tolist() == [21, 21, 22, 23, 24, 34]
+    assert rows["key"][:6].tolist() == [1, 0, 0, 0, 0, 1]
     assert rows["progress"].tolist() == [42, 2, 2, 0]
     if compact:
         meta = rows["meta"].tolist()

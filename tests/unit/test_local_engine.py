@@ -46,6 +46,9 @@ class Scripted:
         self.calls.append(("abort", request_id))
         self.open.pop(request_id, None)
 
+    def close(self) -> None:
+        return None
+
     def has_work(self) -> bool:
         return bool(self.open)
 

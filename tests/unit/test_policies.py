@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -9,23 +10,24 @@ import pytest
 import torch
 from lossless.branches import Case, check
 from lossless.contract import (
-    CPU,
     check_next_request,
     check_reset_on_reuse,
+    equipped,
     iterate,
     memory,
-    outcome,
     sequence,
     signals,
 )
 from lossless.coupled import check_identity, requests, spec
 from lossless.toys import different, toy_engine
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from engine.speculation.control import PolicyTable
-from engine.speculation.policy import Need, State, describe, options_of, policies, register
+from engine.speculation.policy import Need, Outcome, State, describe, options_of, policies, register
 from engine.types import InvalidRequest, SamplingParams
 
 EVERY = sorted(policies())
+APART = [name for name in EVERY if not policies()[name].shares]  # a row is all that a row depends on
+SHARING = [name for name in EVERY if policies()[name].shares]
 LARGEST = 64  # no policy may want more
 
 PATTERNS = [  # (probability of every draft token, all accepted) by iteration
@@ -70,6 +72,21 @@ def test_an_unknown_option_is_refused_naming_the_valid_ones(policy: str):
     assert refused.value.param == "speculation.options"
     assert "no_such_option" in refused.value.message
     assert all(name in refused.value.message for name, _ in options_for(policy))
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_the_documentation_names_every_option_with_its_default(policy: str):
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| `{policy}` | `"))
+    options = options_of(policy, None)
+    for name, _ in options_for(policy):
+        assert f"`{name}` (" in line, name
+        told = line.split(f"`{name}` (")[1].split(")")[0]
+        default = getattr(options, name)
+        if isinstance(default, str):
+            assert told.startswith(f"`{default}`")
+        else:
+            assert told.split(":")[0] == msgspec.json.encode(default).decode().removesuffix(".0"), name
 
 
 def test_an_unknown_policy_is_refused_naming_the_known_ones():
@@ -119,10 +136,16 @@ def test_defaults_are_valid_and_frozen(policy: str):
             setattr(options, name, 1)
 
 
-@pytest.mark.parametrize("policy", EVERY)
+def test_only_policies_that_share_have_something_to_share():
+    assert {"bandit", "tetris"} <= set(SHARING) and len(APART) > 6
+    learned = equipped(1).shared()
+    assert learned.keys() <= set(SHARING) and "bandit" in learned
+
+
+@pytest.mark.parametrize("policy", APART)
 def test_rows_do_not_read_each_other(policy: str):
     """Each row answers among others, in any order of the batch, as it answers alone."""
-    together = PolicyTable(4, CPU)
+    together = equipped(4)
     rows = [sequence(policy, name=str(i)) for i in range(len(PATTERNS))]
     for row in rows:
         together.take(row)
@@ -135,7 +158,7 @@ def test_rows_do_not_read_each_other(policy: str):
             found[i].append(answer)
         order = order[1:] + order[:1]
     for row, pattern, answers in zip(rows, PATTERNS, found, strict=True):
-        alone = PolicyTable(1, CPU)
+        alone = equipped(1)
         single = sequence(policy)
         alone.take(single)
         assert answers == [iterate(alone, [single], [p], [a])[0] for p, a in pattern]
@@ -145,8 +168,72 @@ def test_rows_do_not_read_each_other(policy: str):
 
 
 @pytest.mark.parametrize("policy", EVERY)
+def test_rows_that_have_stopped_change_nothing(policy: str):
+    """A captured graph asks them on, with NaN: the others' answers and all memory are the host's own."""
+    host, graph = equipped(4), equipped(4)
+    rows, twins = ([sequence(policy, name=str(i)) for i in range(3)] for _ in range(2))
+    for row, twin in zip(rows, twins, strict=True):
+        host.take(row)
+        graph.take(twin)
+    for step in range(4):
+        probs, accept = zip(*(pattern[step] for pattern in PATTERNS), strict=True)
+        expected = iterate(host, rows, list(probs), list(accept))
+        assert iterate(graph, twins, list(probs), list(accept), as_graph=True) == expected
+    for name, value in host.shared().get(policy, {}).items():
+        assert torch.equal(graph.shared()[policy][name], value), name
+    for row, twin in zip(rows, twins, strict=True):
+        expected_next, found_next = host.limits([row]), graph.limits([twin])
+        assert found_next == expected_next
+
+
+@pytest.mark.parametrize("policy", SHARING)
+def test_only_its_own_rows_teach_what_a_policy_shares(policy: str):
+    """Beside a row that another policy governs, and of which it is told as well."""
+    among, alone = equipped(2), equipped(1)
+    own, other, single = sequence(policy, name="own"), sequence("heuristic", {"start": 7}), sequence(policy)
+    among.take(own)
+    before = sequence(policy)
+    among.take(before)  # what its slot remembers is still there
+    slot = before.slot
+    for tensor in among._states[policy].tensors.values():
+        tensor[slot] = 1
+    among.give_back(before)
+    among.take(other)
+    assert other.slot == slot
+    alone.take(single)
+    for p, a in PATTERNS[0]:
+        answers = iterate(among, [other, own], [0.4, p], [not a, a], as_graph=True)
+        assert answers[1] == iterate(alone, [single], [p], [a])[0]
+    for name, value in alone.shared().get(policy, {}).items():
+        assert torch.equal(among.shared()[policy][name], value), name
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_decides_without_a_read_back(policy: str):
+    """On tensors without values, whatever would wait for the device, or for a size, raises."""
+    table = equipped(4)
+    rows = [sequence(policy, name=str(i)) for i in range(3)]
+    for row in rows:
+        table.take(row)
+    found, state = policies()[policy], table._states[policy]
+    given, slots = signals(1, [0.9, 0.5, 0.1]), torch.tensor([row.slot for row in rows])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        state.rows, state.mine = mode.from_tensor(slots), mode.from_tensor(given.alive)
+        for values in (vars(given), state.tensors, state.shared, vars(state), vars(state).get("weights", {})):
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+                    values[name] = mode.from_tensor(value)
+        limit = found.limit(state)
+        keep = found.keep_drafting(given, state) if found.needs else limit > 0
+        found.observe(Outcome(drafted=limit, accepted=limit), state)
+        for answer in (limit, keep, given.step):
+            with pytest.raises(DataDependentOutputException):
+                answer.flatten()[0].item()
+
+
+@pytest.mark.parametrize("policy", EVERY)
 def test_a_slot_not_in_the_batch_is_left_alone(policy: str):
-    table = PolicyTable(2, CPU)
+    table = equipped(2)
     rows = [sequence(policy, name=str(i)) for i in range(2)]
     for row in rows:
         table.take(row)
@@ -158,7 +245,7 @@ def test_a_slot_not_in_the_batch_is_left_alone(policy: str):
 
 
 def test_policies_mixed_in_a_batch_answer_as_alone():
-    table = PolicyTable(16, CPU)
+    table = equipped(16)
     rows = [sequence(policy, name=policy) for policy in EVERY]
     for row in rows:
         table.take(row)
@@ -166,7 +253,7 @@ def test_policies_mixed_in_a_batch_answer_as_alone():
         p, a = PATTERNS[0][step]
         mixed = iterate(table, rows, [p] * len(rows), [a] * len(rows))
         for row, answer in zip(rows, mixed, strict=True):
-            alone = PolicyTable(1, CPU)
+            alone = equipped(1)
             single = sequence(row.policy)
             alone.take(single)
             expected = [iterate(alone, [single], [p], [a])[0] for p, a in PATTERNS[0][: step + 1]]
@@ -176,13 +263,14 @@ def test_policies_mixed_in_a_batch_answer_as_alone():
 @pytest.mark.parametrize("policy", EVERY)
 def test_state_is_reset_when_a_slot_is_reused(policy: str):
     check_reset_on_reuse(policy)
-    check_next_request(policy)
+    if policy in APART:
+        check_next_request(policy)
 
 
 @pytest.mark.parametrize("policy", EVERY)
 def test_memory_goes_with_a_preempted_row(policy: str):
     """Put aside, its slot used by another, taken again elsewhere: as if nothing had happened."""
-    table, undisturbed = PolicyTable(2, CPU), PolicyTable(1, CPU)
+    table, undisturbed = equipped(2), equipped(1)
     row, twin = sequence(policy), sequence(policy)
     table.take(row)
     undisturbed.take(twin)
@@ -200,15 +288,15 @@ def test_memory_goes_with_a_preempted_row(policy: str):
     assert row.slot not in (old_slot, -1) and row.policy_state is None
     for name, value in memory(undisturbed, twin).items():
         assert torch.equal(memory(table, row)[name], value)
-    for p, a in PATTERNS[0][2:]:
+    for p, a in PATTERNS[0][2:] if policy in APART else ():
         assert iterate(table, [row], [p], [a]) == iterate(undisturbed, [twin], [p], [a])
 
 
 def test_a_row_preempted_again_before_it_drafts_keeps_its_memory():
-    table = PolicyTable(1, CPU)
+    table = equipped(1)
     row = sequence("heuristic")
     table.take(row)
-    table.observe([row], outcome([5], [0]))
+    table.observe([row], [5], [0])
     table.put_aside(row)
     table.put_aside(row)
     table.take(row)
@@ -216,7 +304,7 @@ def test_a_row_preempted_again_before_it_drafts_keeps_its_memory():
 
 
 def test_a_row_preempted_before_it_drafted_has_nothing_to_put_aside():
-    table = PolicyTable(1, CPU)
+    table = equipped(1)
     row = sequence("heuristic")
     table.put_aside(row)
     assert row.policy_state is None
@@ -226,13 +314,14 @@ def test_a_row_preempted_before_it_drafted_has_nothing_to_put_aside():
 
 @pytest.mark.parametrize("policy", EVERY)
 def test_limits_and_answers_are_well_formed(policy: str):
-    table = PolicyTable(4, CPU)
+    table = equipped(4)
     rows = [sequence(policy, name=str(i)) for i in range(3)]
     for row in rows:
         table.take(row)
     found, state = policies()[policy], table._states[policy]
     for step in range(40):
         state.rows = torch.tensor([row.slot for row in rows])
+        state.mine = None if step % 2 else torch.ones(3, dtype=torch.bool)
         limit = found.limit(state)
         assert limit.shape == (3,) and limit.dtype == torch.int64
         assert ((limit >= 0) & (limit <= LARGEST)).all()
@@ -244,11 +333,11 @@ def test_limits_and_answers_are_well_formed(policy: str):
 
 @pytest.mark.parametrize("policy", EVERY)
 def test_rows_that_drafted_nothing_teach_nothing(policy: str):
-    table = PolicyTable(1, CPU)
+    table = equipped(1)
     row = sequence(policy)
     table.take(row)
     before = memory(table, row)
-    table.observe([row], outcome([0], [0]))
+    table.observe([row], [0], [0])
     for name, value in memory(table, row).items():
         assert torch.equal(value, before[name])
 
@@ -257,7 +346,12 @@ def test_rows_that_drafted_nothing_teach_nothing(policy: str):
 @pytest.mark.parametrize("policy", EVERY)
 def test_lossless_on_the_toys(policy: str, drafter: str):
     pair = different(3)
-    check(Case(pair, SamplingParams(max_tokens=4), spec(drafter, policy)))
+    if (reason := toy_engine(pair).info.refusals[drafter].get(policy)) is not None:
+        assert drafter == "ngram" and "head" in reason  # heads are of a draft model
+        return
+    # Worlds in one engine would see each other through what is shared.
+    size = {"width": 1, "tokens": 3} if policy in SHARING else {"width": 128, "tokens": 4}
+    check(Case(pair, SamplingParams(max_tokens=size["tokens"]), spec(drafter, policy), width=size["width"]))
     seeded = requests(
         SamplingParams(temperature=0.8, max_tokens=12), [spec(drafter, policy)], (0, 1, 2, 0, 1)
     )
@@ -276,98 +370,29 @@ def test_a_reset_that_forgets_a_tensor_is_refused():
         state.reset(0, {"sl": 1})
 
 
-# ---- each one's rule
-
-
-def taken(policy: str, **options: Any) -> tuple[PolicyTable, Any]:
-    table, row = PolicyTable(1, CPU), sequence(policy, options)
-    table.take(row)
-    return table, row
-
-
-@pytest.mark.parametrize("sl", [0, 1, 7, 64])
-def test_static_never_changes(sl: int):
-    table, row = taken("static", sl=sl)
-    for p, accepted in PATTERNS[1]:
-        assert iterate(table, [row], [p], [accepted]) == [[sl, *[True] * sl]]
-
-
-def test_static_by_default_drafts_five():
-    table, row = taken("static")
-    assert table.limits([row]) == [5]
-
-
-def test_heuristic_grows_by_two_and_shrinks_by_one():
-    table, row = taken("heuristic")
-    limits = []
-    for accepted in (5, 7, 3, 0, 7):  # of 5, 7, 9, 8, 7
-        limits += table.limits([row])
-        table.observe([row], outcome([limits[-1]], [accepted]))
-    assert limits == [5, 7, 9, 8, 7]
-    assert table.limits([row]) == [9]
-
-
-def test_heuristic_counts_what_was_drafted_and_not_what_it_wished():
-    """Clamped to 2 tokens that both stand: all were accepted."""
-    table, row = taken("heuristic", start=5)
-    table.observe([row], outcome([2], [2]))
-    assert table.limits([row]) == [7]
-
-
-def test_heuristic_keeps_between_one_and_its_cap():
-    table, row = taken("heuristic", start=2, max_sl=5)
-    found = []
-    for _ in range(4):
-        found += table.limits([row])
-        table.observe([row], outcome([found[-1]], [0]))
-    assert found == [2, 1, 1, 1]
-    for _ in range(4):
-        found += table.limits([row])
-        table.observe([row], outcome([found[-1]], [found[-1]]))
-    assert found[4:] == [1, 3, 5, 5]
-
-
-def test_heuristic_starts_within_its_cap():
-    table, row = taken("heuristic", start=9, max_sl=4)
-    assert table.limits([row]) == [4]
-
-
-@pytest.mark.parametrize("max_sl", [0, 3, 64])
-def test_confidence_wants_at_most_its_cap(max_sl: int):
-    table, row = taken("confidence", max_sl=max_sl)
-    assert table.limits([row]) == [max_sl]
-
-
-@pytest.mark.parametrize("signal", ["token", "top", "joint"])
-def test_confidence_stops_below_the_threshold_of_its_own_signal(signal: Literal["token", "top", "joint"]):
-    table, row = taken("confidence", signal=signal, threshold=0.5)
-    below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))
-    for value, keeps in ((0.75, True), (0.5, True), (below, False), (0.1, False)):
-        found = signals(1, [0.5])
-        # The two other signals say the opposite: they must not be read.
-        for name in ("token", "top", "joint"):
-            given = value if name == signal else (0.0 if keeps else 1.0)
-            field = {"token": "prob", "top": "largest", "joint": "joint"}[name]
-            setattr(found, field, torch.tensor([float(given)]))
-        assert table.keep_drafting([row], found) == [keeps]
-
-
-def test_confidence_thresholds_are_of_the_row():
-    table = PolicyTable(2, CPU)
-    rows = [sequence("confidence", {"threshold": t}, str(t)) for t in (0.2, 0.8)]
-    for row in rows:
-        table.take(row)
-    assert table.keep_drafting(rows, signals(1, [0.5, 0.5])) == [True, False]
-    assert table.keep_drafting(rows[::-1], signals(1, [0.5, 0.5])) == [False, True]
-
-
-@pytest.mark.parametrize(("threshold", "keeps"), [(0.0, True), (1.0, False)])
-def test_confidence_at_its_extremes(threshold: float, keeps: bool):
-    table, row = taken("confidence", threshold=threshold)
-    assert table.keep_drafting([row], signals(1, [0.999])) == [keeps]
-
-
 def test_signals_are_named_once():
     """What a policy may need is what the drafters hand over."""
     assert get_origin(Need) is Literal
     assert set(get_args(Need)) <= set(signals(1, [0.5]).__dataclass_fields__)
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_a_verdict_tells_and_then_asks(policy: str) -> None:
+    """What a GPU captures: told and asked at once, among rows of no policy, as told and then asked."""
+    captured, plain = equipped(3), equipped(3)
+    rows, same = ([sequence(policy, name=str(i)) for i in range(2)] for _ in range(2))
+    for table, some in ((captured, rows), (plain, same)):
+        iterate(table, some, [0.9, 0.4], [True, False])
+        for row in some:
+            if row.slot < 0:
+                table.take(row)
+    if not plain.learns(same[0]):
+        return
+    slots = torch.tensor([*(row.slot for row in rows), captured.spare_slot])
+    numbers = torch.tensor([captured.number(policy)] * 2 + [-1])
+    drafted, accepted = [3, 2], [3, 1]
+    limits = captured.verdict(
+        [policy], slots, numbers, torch.tensor([*drafted, 0]), torch.tensor([*accepted, 0])
+    )
+    plain.observe(same, drafted, accepted)
+    assert limits[:2].tolist() == plain.limits(same)

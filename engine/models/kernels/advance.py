@@ -14,7 +14,7 @@ REASONS = (None, "policy", "drafter")
 
 @triton.jit
 def _advance(
-    token, fine, keep, position, limit, place, alive, length, reason, drafted, progress,
+    token, fine, keep, position, key, limit, place, alive, length, reason, drafted, progress,
     meta, ids, positions, slots, starts, lengths, tables, table_stride, spare_slot,
     ROWS: tl.constexpr, COMPACT: tl.constexpr, MOST: tl.constexpr, SL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -32,6 +32,7 @@ def _advance(
     tl.store(reason + i, tl.where(was, why, tl.load(reason + i)))
     tl.store(alive + i, on.to(tl.int32))
     tl.store(position + i, at + on.to(tl.int64))
+    tl.store(key + i, tl.load(key + i) + on.to(tl.int64))
     count = tl.sum(on.to(tl.int32), 0)
     if COMPACT:  # DecodeKernel's Meta: only the rows that draft on
         to = tl.cumsum(on.to(tl.int32), 0) - 1
@@ -75,8 +76,9 @@ def advance(
     `progress` int32: number of calls ever, step of this draft, rows that draft on.
     """
     _advance[(1,)](
-        token, fine, keep, rows["position"], rows["limit"], rows["place"], rows["alive"], rows["length"],
-        rows["reason"], rows["drafted"], rows["progress"], rows["meta"], rows["ids"], rows["positions"],
-        rows["slots"], rows["starts"], rows["lengths"], rows["tables"], rows["tables"].stride(0), spare_slot,
+        token, fine, keep, rows["position"], rows["key"], rows["limit"], rows["place"],
+        rows["alive"], rows["length"], rows["reason"], rows["drafted"], rows["progress"], rows["meta"],
+        rows["ids"], rows["positions"], rows["slots"], rows["starts"], rows["lengths"],
+        rows["tables"], rows["tables"].stride(0), spare_slot,
         ROWS=rows["alive"].shape[0], COMPACT=compact, MOST=most, SL=MOST_SL, BLOCK=block_size, num_warps=1,
     )  # fmt: skip

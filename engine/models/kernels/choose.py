@@ -7,6 +7,7 @@ give for rows without penalties and filters; a test holds them together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,11 @@ _BLOCK = 4096
 _KEEP = 16  # power of two >= TOP
 
 
+def block_of(vocab: int) -> int:
+    """Tokens of a vocabulary that one program looks at."""
+    return min(_BLOCK, max(_KEEP, int(triton.next_power_of_2(vocab))))
+
+
 @triton.jit
 def _mix(x):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -27,23 +33,36 @@ def _mix(x):
 
 
 @triton.jit
+def gumbel(state, key, at):
+    """float64 noise of `engine.speculation.noise` for these tokens, of a seed's state and a counter."""
+    lane = _mix(state.to(tl.uint64) + key.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    lane = _mix(lane + (at + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+    uniform = ((lane >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
 def _scan(
     logits,
     stride,
     places,
     states,
-    positions,
+    keys,
     temperatures,
     values,
     tokens,
     sums,
     tops,
+    laws,
+    rejecting,
+    step,
     vocab,
     blocks,
     SIGNALS: tl.constexpr,
     TOPS: tl.constexpr,
     BLOCK: tl.constexpr,
     KEEP: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     row, block = tl.program_id(0), tl.program_id(1)
     place = tl.load(places + row)
@@ -54,12 +73,15 @@ def _scan(
     temperature = tl.load(temperatures + row)
     # float64 as in the reference: two tokens must not tie because noise was rounded.
     if temperature > 0:
-        key = _mix(
-            tl.load(states + row).to(tl.uint64) + tl.load(positions + row).to(tl.uint64) * 0x9E3779B97F4A7C15
-        )
-        lane = _mix(key + (at + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
-        uniform = ((lane >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
-        value = (x / temperature).to(tl.float64) - tl.log(-tl.log(uniform))
+        law = x
+        if STEPS > 0:  # what a rejecting row samples from is what its verification will read
+            rounded = x.to(tl.bfloat16)
+            keep = tl.load(rejecting + row) != 0
+            to = laws + (row * STEPS + tl.load(step)).to(tl.int64) * vocab + at
+            tl.store(to, rounded, inside & keep)
+            law = tl.where(keep, rounded.to(tl.float32), x)
+        noise = gumbel(tl.load(states + row), tl.load(keys + row), at)
+        value = (law / temperature).to(tl.float64) + noise
     else:
         value = x.to(tl.float64)
     value = tl.where(inside, value, float("-inf"))
@@ -150,11 +172,22 @@ class Choice:
     top: Tensor  # float32[B, 10], descending
 
 
+class Laws(NamedTuple):
+    """Where the logits go that rejecting rows sample from: `kept` bfloat16[B, steps, vocab].
+
+    `rejecting` int32[B]: whether the row's are kept; `step` int32[1], which of `steps` this is.
+    """
+
+    kept: Tensor
+    rejecting: Tensor
+    step: Tensor
+
+
 class Chooser:
     """Buffers for at most `rows` rows over `vocab` tokens."""
 
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
-        self._vocab, self._blocks = vocab, triton.cdiv(vocab, _BLOCK)
+        self._vocab, self._blocks = vocab, triton.cdiv(vocab, block_of(vocab))
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -177,22 +210,25 @@ class Chooser:
         logits: Tensor,
         places: Tensor,
         states: Tensor,
-        positions: Tensor,
+        keys: Tensor,
         temperatures: Tensor,
         *,
         signals: bool = False,
         top: bool = False,
+        laws: Laws | None = None,
     ) -> Choice:
         """The token of each row: argmax of logits / temperature + Gumbel noise, of the logits alone at 0.
 
-        logits [N, >= vocab]; places int32[B], which of them; states int64[B] of `noise.state`;
-        positions int64[B]; temperatures float32[B].
+        logits [N, >= vocab]; places int32[B], which of them; states int64[B] of `noise.coupled_state` or
+        `noise.draws_state`; keys int64[B], position or draw counter; temperatures float32[B].
         """
         choice, rows = self.choice, places.shape[0]
         _scan[(rows, self._blocks)](
-            logits, logits.stride(0), places, states, positions, temperatures,
-            self._values, self._tokens, self._sums, self._tops, self._vocab, self._blocks,
-            SIGNALS=signals, TOPS=top, BLOCK=_BLOCK, KEEP=_KEEP, num_warps=8,
+            logits, logits.stride(0), places, states, keys, temperatures,
+            self._values, self._tokens, self._sums, self._tops,
+            *((logits, places, places) if laws is None else (laws.kept, laws.rejecting, laws.step)),
+            self._vocab, self._blocks, SIGNALS=signals, TOPS=top, BLOCK=block_of(self._vocab), KEEP=_KEEP,
+            STEPS=0 if laws is None else laws.kept.shape[1], num_warps=8,
         )  # fmt: skip
         _merge[(rows,)](
             logits, logits.stride(0), places, self._values, self._tokens, self._sums, self._tops,

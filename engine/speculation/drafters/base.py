@@ -18,12 +18,44 @@ class RowDraft:
     """A chain of draft tokens for one row: token k follows token k - 1, the first follows the row.
 
     `laws` float[V] per token is the law q that the token was sampled from, kept only where the
-    verifier needs it (rejection sampling with a sampled draft). Empty means q is one-hot.
+    verifier needs it (rejection sampling with a sampled draft). Empty means q is one-hot, unless the
+    draft loop has `kept` the logits: (buffer bfloat16[N, V], the first token's line of it, temperature),
+    valid until the next draft.
     """
 
     tokens: list[int] = field(default_factory=list)
     laws: list[Tensor] = field(default_factory=list)
+    kept: tuple[Tensor, int, float] | None = None
     stop_reason: str | None = None  # policy, cap, room, drafter; None if nothing was to be drafted
+
+    def law(self, k: int) -> Tensor | None:
+        """float[V]: q of token k; None if it is one-hot."""
+        if self.kept is not None:
+            buffer, first, temperature = self.kept
+            return (buffer[first + k].float() / temperature).softmax(-1)
+        return self.laws[k] if self.laws else None
+
+
+@dataclass
+class Verdict:
+    """By row: how many draft tokens stand, and the token after them; `failed` rows have NaN logits."""
+
+    accepted: list[int]
+    next_token: list[int]
+    failed: list[bool]
+
+    def fill(self, rows: Seq[int], of: Verdict) -> None:
+        """Takes over what was found of these rows."""
+        for i, accepted, token, failed in zip(rows, of.accepted, of.next_token, of.failed, strict=True):
+            self.accepted[i], self.next_token[i], self.failed[i] = accepted, token, failed
+
+
+def agreed(drafted: Seq[int], chosen: Seq[int]) -> int:
+    """How many draft tokens, from the first on, are the target's choices."""
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == chosen[accepted]:
+        accepted += 1
+    return accepted
 
 
 Drafts = Callable[[], list[RowDraft]]

@@ -3,14 +3,16 @@
 A replay chooses the token, computes the signals, asks the policies, notes who drafts on, and runs
 the model for the next token; where no row drafts on, the model's kernel returns at once. The host
 watches a word in pinned memory that is written before the model runs, so that it knows of the end,
-or queues the next replay, while the device still works. Only for coupled rows without penalties
-and filters; the others draft step by step on the host (`model.py`).
+or queues the next replay, while the device still works. Only for rows without penalties; the others
+draft step by step on the host (`model.py`). Rejecting rows sample by noise keyed by their draw
+counter and keep the logits that they sampled from.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -23,13 +25,13 @@ from engine.models.fused import FusedRunner
 from engine.models.graphs import bucket
 from engine.models.kernels.advance import MOST_SL, REASONS, advance
 from engine.models.kernels.attention import Places
-from engine.models.kernels.choose import Chooser
+from engine.models.kernels.choose import Chooser, Laws
 from engine.models.runner import Batch, Chunk
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.drafters.base import RowDraft
-from engine.speculation.noise import coupled_state
-from engine.speculation.policy import Signals
+from engine.speculation.noise import coupled_state, draws_state
+from engine.speculation.policy import Need, Signals
 
 MOST_ROWS = 64
 
@@ -37,9 +39,11 @@ MOST_ROWS = 64
 class DraftLoop:
     """Draft loops for up to 64 rows, one `_Lane` for each power of two."""
 
-    def __init__(self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int) -> None:
-        """`vocab`: ids at or above it are never proposed. `blocks`: the most that a row may have."""
-        self._runner, self._vocab, self._table, self._blocks = runner, vocab, table, blocks
+    def __init__(
+        self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int, most_sl: int = MOST_SL
+    ) -> None:
+        """`vocab`: ids at or above it are never proposed. `blocks`, `most_sl`: the most a row may have."""
+        self._make = functools.partial(_Lane, runner, vocab, table, blocks, min(most_sl, MOST_SL))
         self._lanes: dict[int, _Lane] = {}
 
     @torch.inference_mode()
@@ -53,12 +57,12 @@ class DraftLoop:
     @torch.inference_mode()
     def warm(self, policies: Seq[str], rows: int) -> None:
         """Captures what drafting for `rows` rows under these policies needs."""
-        self._lane(rows).graph(tuple(sorted(policies)))
+        self._lane(rows).graph(tuple(sorted(policies)), rejects=False)
 
     def _lane(self, rows: int) -> _Lane:
         size = bucket(rows)
         if size not in self._lanes:
-            self._lanes[size] = _Lane(self._runner, self._vocab, self._table, self._blocks, size)
+            self._lanes[size] = self._make(size)
         return self._lanes[size]
 
 
@@ -68,11 +72,14 @@ class _Lane:
     The host's inputs are one int32 buffer on either side, copied at once; `rows` names its parts.
     """
 
-    def __init__(self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int, size: int) -> None:
+    def __init__(
+        self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int, most_sl: int, size: int
+    ) -> None:
         self._runner, self._table, self._size = runner, table, size
+        self._vocab, self._most_sl = vocab, most_sl
         self._compact = runner.kernel is not None and size <= runner.decodes
         self._chooser = Chooser(size, vocab, runner.device)
-        words = decode.META + size * (5 * 2 + 6 + blocks)
+        words = decode.META + size * (2 * len(_WIDE) + len(_NARROW) + blocks)
         self._words = torch.zeros(words, dtype=torch.int32, device=runner.device)
         self._host = torch.zeros(words, dtype=torch.int32).pin_memory()
         self._inputs = {name: tensor.numpy() for name, tensor in _parts(self._host, size, blocks).items()}
@@ -93,19 +100,26 @@ class _Lane:
         begins = torch.arange(size, dtype=int32, device=device)
         self._places = Places(self.rows["starts"], begins, self.rows["lengths"], self.rows["tables"], 1)
         self._logits: Tensor | None = None  # where the graphs read them
-        self._graphs: dict[tuple[str, ...], _Graphs] = {}
+        states = (decode.MOST if self._compact else size), runner.hidden_size
+        self._hidden = torch.zeros(states, dtype=torch.float32, device=device)
+        self._graphs: dict[tuple[tuple[str, ...], bool], _Graphs] = {}
+        self._kept: Tensor | None = None  # bfloat16[size, most_sl, vocab], what rejecting rows sampled from
         self._first_most = 8 if 2 * size <= 8 else decode.MOST  # tokens: each row's newest, and one before
         self._side = torch.cuda.Stream(device)
 
     # ---- the device's part
 
-    def _step(self, names: tuple[str, ...]) -> None:
+    def _step(self, names: tuple[str, ...], rejects: bool) -> None:
         """Choose, signal, ask, advance, tell the host, run the model: what a graph captures."""
         rows, needs = self.rows, self._table.needs_of(names)
         assert self._logits is not None
+        laws = None
+        if rejects:
+            assert self._kept is not None
+            laws = Laws(self._kept, rows["rejecting"], rows["progress"][1:2])
         choice = self._chooser(
-            self._logits, rows["place"], rows["state"], rows["position"], rows["temperature"],
-            signals=bool(needs), top="top" in needs,
+            self._logits, rows["place"], rows["state"], rows["key"], rows["temperature"],
+            signals=bool(needs), top="top" in needs, laws=laws,
         )  # fmt: skip
         keep = rows["alive"] != 0
         if needs:
@@ -120,6 +134,7 @@ class _Lane:
                 top=choice.top,
                 entropy=choice.entropy,
                 joint=rows["joint"],
+                hidden=self._hidden.index_select(0, rows["place"]) if "hidden" in needs else None,
             )
             keep = self._table.decide(names, rows["slot"], rows["policy"], signals)
         advance(
@@ -131,46 +146,57 @@ class _Lane:
         with torch.cuda.stream(self._side):  # beside the model's pass, not before it
             self._answer_host.copy_(self._answer, non_blocking=True)
             self._ticket.copy_(rows["progress"][:1], non_blocking=True)
-        self._forward()
+        self._forward(needs, self._size)
         main.wait_stream(self._side)
 
-    def _forward(self) -> None:
+    def _forward(self, needs: Set[Need], most: int) -> None:
+        """The model's pass over what `advance` left; `most`: the tokens there may be."""
         if self._compact:
-            self._runner.decode(self.rows["meta"], self.rows["tables"], self._size)
+            self._logits = self._runner.decode(self.rows["meta"], self.rows["tables"], most)
+            if "hidden" in needs:
+                assert self._runner.kernel is not None
+                self._hidden[:most].copy_(self._runner.kernel.normed(most))
             return
         rows = self.rows
-        logits = self._runner.run(rows["ids"], rows["positions"], rows["slots"], self._places)
+        logits, normed = self._runner.run(rows["ids"], rows["positions"], rows["slots"], self._places)
         if self._logits is None:
             self._logits = torch.empty_like(logits)
         self._logits.copy_(logits)
+        if "hidden" in needs:
+            self._hidden.copy_(normed)
 
-    def graph(self, names: tuple[str, ...]) -> _Graphs:
+    def graph(self, names: tuple[str, ...], rejects: bool) -> _Graphs:
         """Captured at first use; run once before, with no row alive, so that all is compiled."""
-        if names not in self._graphs:
-            if self._logits is None and self._compact:
-                self._logits = self._runner.decode(self.rows["meta"], self.rows["tables"], self._size)
-            elif self._logits is None:
-                self._forward()
+        key = names, rejects
+        if key not in self._graphs:
+            if rejects and self._kept is None:
+                shape = self._size, self._most_sl, self._vocab
+                self._kept = torch.empty(shape, dtype=torch.bfloat16, device=self._runner.device)
+            needs = self._table.needs_of(names)
+            if self._logits is None:
+                self._forward(needs, self._size)
             self._words.zero_()
+            self._answer[1:].zero_()
             self.rows["slot"].fill_(self._table.spare_slot)
-            self._step(names)
+            self._step(*key)
             torch.cuda.synchronize(self._runner.device)
             first, again = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(again):
-                self._step(names)
+                self._step(*key)
             with torch.cuda.graph(first):
                 if self._compact:
                     self._answer[1:].zero_()
-                    self._runner.decode(self.rows["meta"], self.rows["tables"], self._first_most)
-                self._step(names)
-            self._graphs[names] = _Graphs(first, again)
+                    self._forward(needs, self._first_most)
+                self._step(*key)
+            self._graphs[key] = _Graphs(first, again)
             self._replays = int(self.rows["progress"][0])
-        return self._graphs[names]
+        return self._graphs[key]
 
     # ---- the host's part
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
-        graphs = self.graph(tuple(sorted({row.policy for row in rows})))
+        names = tuple(sorted({row.policy for row in rows}))
+        graphs = self.graph(names, not all(row.coupled for row in rows))
         starts = [row.draft_kv_len for row in rows]
         lags = [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
         here = self._compact and sum(map(len, lags)) <= self._first_most
@@ -183,6 +209,10 @@ class _Lane:
             logits = self._runner.forward(Batch.pack(chunks, self._runner.block_size))
             assert self._logits is not None
             self._logits[: len(rows)].copy_(logits)
+            if "hidden" in self._table.needs_of(names):
+                hidden = self._runner.hidden
+                assert hidden is not None
+                self._hidden[: len(rows)].copy_(hidden)
         self._words.copy_(self._host, non_blocking=True)
         for row in rows:
             row.draft_kv_len = len(row.tokens)
@@ -204,8 +234,10 @@ class _Lane:
         to["place"][:n], to["place"][n:] = np.arange(n), 0
         to["temperature"][n:] = 0
         for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-            to["state"][i], to["position"][i] = coupled_state(row.seed), len(row.tokens)
-            to["generated"][i], to["limit"][i] = row.generated, min(limit, MOST_SL)
+            to["position"][i], to["rejecting"][i] = len(row.tokens), not row.coupled
+            to["state"][i] = coupled_state(row.seed) if row.coupled else draws_state(row.seed)
+            to["key"][i] = len(row.tokens) if row.coupled else row.draws
+            to["generated"][i], to["limit"][i] = row.generated, min(limit, self._most_sl)
             to["slot"][i], to["policy"][i] = row.slot, self._table.number(row.policy)
             to["temperature"][i] = row.params.temperature
             blocks = row.blocks
@@ -226,7 +258,12 @@ class _Lane:
             length = int(answer[4 + i])
             row.draft_kv_len += max(length - 1, 0)
             tokens = drafted[i, :length].tolist()
-            drafts.append(RowDraft(tokens, stop_reason=REASONS[answer[4 + size + i]]))
+            kept = None
+            if not row.coupled:
+                row.draws += length
+                assert self._kept is not None
+                kept = self._kept.view(-1, self._vocab), i * self._most_sl, row.params.temperature
+            drafts.append(RowDraft(tokens, kept=kept, stop_reason=REASONS[answer[4 + size + i]]))
         return drafts
 
     def _wait(self) -> None:
@@ -247,13 +284,16 @@ class _Graphs(NamedTuple):
     again: torch.cuda.CUDAGraph
 
 
+_WIDE = ("state", "key", "position", "generated", "limit", "slot")
+_NARROW = ("place", "alive", "policy", "rejecting", "temperature", "joint")
+
+
 def _parts(words: Tensor, size: int, blocks: int) -> dict[str, Tensor]:
-    """The named parts of the inputs: META words, then by row 5 x int64, 6 x int32, the tables."""
-    parts = {"meta": words[: decode.META]}
-    wide = words[decode.META : decode.META + 10 * size].view(torch.int64).view(5, size)
-    parts |= dict(zip(("state", "position", "generated", "limit", "slot"), wide, strict=True))
-    rest = words[decode.META + 10 * size :]
-    narrow = rest[: 6 * size].view(6, size)
-    parts |= {"place": narrow[0], "alive": narrow[1], "policy": narrow[2]}
-    parts |= {"temperature": narrow[3].view(torch.float32), "joint": narrow[4].view(torch.float32)}
-    return parts | {"tables": rest[6 * size :].view(size, blocks)}
+    """The named parts of the inputs: META words, then by row int64 ones, int32 ones, the tables."""
+    wide, narrow = len(_WIDE), len(_NARROW)
+    sizes = [decode.META, 2 * wide * size, narrow * size]
+    meta, longs, ints, tables = words.split([*sizes, words.shape[0] - sum(sizes)])
+    parts = {"meta": meta, "tables": tables.view(size, blocks)}
+    parts |= zip(_WIDE, longs.view(torch.int64).view(wide, size), strict=True)
+    parts |= zip(_NARROW, ints.view(narrow, size), strict=True)
+    return parts | {name: parts[name].view(torch.float32) for name in ("temperature", "joint")}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.kv.blocks import BlockManager
 from engine.models.runner import Batch, Chunk, Runner
-from engine.sampling import Place, plain, scaled_logits
+from engine.sampling import Place, scaled_logits, unadjusted
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.drafters.base import Drafts, RowDraft
@@ -29,7 +29,7 @@ SMALL_LAG = 16  # tokens that the first draft step feeds along; more is caught u
 
 
 class ModelDrafter:
-    """`vocab`: ids at or above it are padding and never proposed."""
+    """`vocab`: ids at or above it are padding and never proposed. `max_sl`: the most to draft for a row."""
 
     def __init__(
         self,
@@ -39,9 +39,10 @@ class ModelDrafter:
         eos_ids: Seq[int],
         noise: GumbelNoise,
         random: RandomSource,
+        max_sl: int,
     ) -> None:
         self.runner, self._blocks, self._vocab, self._eos_ids = runner, blocks, vocab, eos_ids
-        self._noise, self._random = noise, random
+        self._noise, self._random, self._max_sl = noise, random, max_sl
         self._loops = runner.device.type == "cuda" and hasattr(runner, "decode")
         self._loop: DraftLoop | None = None
 
@@ -67,7 +68,8 @@ class ModelDrafter:
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         loop = self._device_loop(table)
-        if loop is not None and len(rows) <= 64 and all(row.coupled and plain(row) for row in rows):
+        # What filters cut is drafted all the same: q is free, and a step of the loop costs half as much.
+        if loop is not None and len(rows) <= 64 and all(map(unadjusted, rows)):
             return loop.begin(rows, limits)
         drafts = self.draft(rows, limits, table)
         return lambda: drafts
@@ -86,7 +88,7 @@ class ModelDrafter:
             from engine.speculation.drafters.loop import DraftLoop  # imports triton
 
             blocks = -(-self.runner.context // self._blocks.block_size) + 2
-            self._loop = DraftLoop(cast(Any, self.runner), self._vocab, table, blocks)
+            self._loop = DraftLoop(cast(Any, self.runner), self._vocab, table, blocks, self._max_sl)
         return self._loop
 
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
@@ -107,6 +109,9 @@ class ModelDrafter:
             if needs and alive:
                 at = torch.tensor(alive, device=joint.device)
                 found = self._signals(step, logits, tokens, [rows[i] for i in alive], joint, at, needs)
+                if "hidden" in needs:
+                    assert self.runner.hidden is not None
+                    found.hidden = self.runner.hidden[able].float()
                 keep = table.keep_drafting([rows[i] for i in alive], found)
                 for i, more in zip(alive, keep, strict=True):
                     if not more:

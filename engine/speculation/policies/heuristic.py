@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
 
 _SL = msgspec.Meta(ge=1, le=64)
 
@@ -27,9 +27,15 @@ class Heuristic:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = HeuristicOptions
     needs: ClassVar[frozenset[Need]] = frozenset()
-    learns: ClassVar[bool] = True
+    shares: ClassVar[bool] = False
 
-    def allocate(self, slots: int, device: torch.device) -> State:
+    def missing(self, equipment: Equipment) -> str | None:
+        return None
+
+    def learns(self, options: Any) -> bool:
+        return True
+
+    def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         zeros = torch.zeros(slots, dtype=torch.int64, device=device)
         return State({"sl": zeros, "max_sl": zeros.clone()})
 

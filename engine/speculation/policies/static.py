@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
 
 
 class StaticOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,9 +26,15 @@ class Static:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = StaticOptions
     needs: ClassVar[frozenset[Need]] = frozenset()
-    learns: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
 
-    def allocate(self, slots: int, device: torch.device) -> State:
+    def missing(self, equipment: Equipment) -> str | None:
+        return None
+
+    def learns(self, options: Any) -> bool:
+        return False
+
+    def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         return State({"sl": torch.zeros(slots, dtype=torch.int64, device=device)})
 
     def reset(self, state: State, slot: int, options: Any) -> None:
