@@ -26,6 +26,7 @@ class Chains:
     base: Ints  # [P], the step of a prompt's position 0
     total: Ints  # [P], tokens of its text
     prompt_tokens: Ints  # [P]
+    heat: NDArray[np.float32]  # [P], the temperature of its text
     broke: Ints  # [N], from a step on the first that the draft misses, or the text's last
     stands: Ints  # [N], 1 where the draft's choice is the text's
     branch: Ints  # [N], or -1
@@ -48,6 +49,7 @@ class Chains:
             base=begins[:-1].astype(np.int64),
             total=places.astype(np.int64),
             prompt_tokens=np.asarray(trace.prompts.tokens, dtype=np.int64),
+            heat=_heat(trace),
             broke=np.minimum.accumulate(broke[::-1])[::-1],
             stands=np.asarray(steps.match, dtype=np.int64),
             branch=np.asarray(trace.branch_of(), dtype=np.int64),
@@ -80,6 +82,14 @@ class Chains:
         """Of these nodes, as the engine gives it; [..., width] or [...]."""
         found = self.nodes[name][nodes]
         return found.float() if found.dtype == torch.float16 else found
+
+
+def _heat(trace: Trace) -> NDArray[np.float32]:
+    """By prompt: 0 where a draft's chance to stand is whether it did, 1 where it was sampled."""
+    steps = trace.steps
+    sampled = np.asarray(steps.accept) != np.asarray(steps.match)
+    count = np.bincount(steps.prompt[sampled], minlength=len(trace.prompts.category))
+    return (count > 0).astype(np.float32)
 
 
 def _nodes(steps: Steps, branches: Branches) -> dict[str, Tensor]:

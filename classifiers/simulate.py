@@ -97,14 +97,16 @@ class Player:
         policy, equipment = policies()[name], self._equipment()
         with torch.inference_mode():
             state = policy.allocate(max(len(prompts), 1), CPU, equipment)
+            state.temperatures = torch.zeros(max(len(prompts), 1))
             if abreast is None:
                 abreast = not policy.shares
             groups = [list(prompts)] if abreast else [[prompt] for prompt in prompts]
             asked = _Asked(policy, state, policy.learns(options))
             game = _Game(self, asked, None if abreast else equipment.load)
             for group in groups:
-                for slot in range(len(group)):
+                for slot, prompt in enumerate(group):
                     policy.reset(state, slot, options)
+                    state.temperatures[slot] = float(self.chains.heat[prompt])
                 game.requests(group)
         return game.result()
 

@@ -48,7 +48,11 @@ class Engine:
         state = config.policy_state
         self._memory = None if state is None else Memory(Path(state), self._tables, self._parts.pair)
         self._sequences: dict[str, Sequence] = {}
-        self.costs = measured(self._parts) if parts is None or device.type == "cuda" else EngineCosts()
+        self.costs = (
+            measured(self._parts, config.max_num_seqs)
+            if parts is None or device.type == "cuda"
+            else EngineCosts()
+        )
         self._arrivals = 0
         self._flight: _Flight | None = None
         self._overlaps = device.type == "cuda"

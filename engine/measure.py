@@ -9,22 +9,32 @@ from engine.parts import Parts
 from engine.speculation.costs import Costs, EngineCosts
 from engine.speculation.drafters.model import ModelDrafter
 
-_VERIFY = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (4, 4), (4, 16), (8, 8), (16, 16), (32, 32))
-_DRAFT = ((1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (32, 32))
+_VERIFY = (
+    *((1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (1, 32), (4, 4), (4, 16), (4, 32), (8, 8), (8, 32)),
+    *((16, 16), (16, 64), (16, 128), (32, 32), (32, 96), (32, 192), (64, 64), (64, 192), (64, 384)),
+)
+_DRAFT = ((1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
+_ON_A_CPU = 16
+"""Tokens of the largest pass that is measured there, where each takes long."""
 
 
-def measured(parts: Parts) -> EngineCosts:
-    """Costs of the sizes that fit the pool, after little context. Only while nothing runs: it writes KV."""
+def measured(parts: Parts, rows: int) -> EngineCosts:
+    """Costs of the sizes up to `rows` rows that fit the pool, after little context.
+
+    Only while nothing runs: it writes KV.
+    """
     found = EngineCosts()
-    _measure(found.verify, parts.target, parts, _VERIFY)
+    _measure(found.verify, parts.target, parts, rows, _VERIFY)
     drafter = parts.drafters.get("model")
     if isinstance(drafter, ModelDrafter):
-        _measure(found.drafts["model"], drafter.runner, parts, _DRAFT)
+        _measure(found.drafts["model"], drafter.runner, parts, rows, _DRAFT)
     return found
 
 
-def _measure(costs: Costs, runner: Runner, parts: Parts, sizes: tuple[tuple[int, int], ...]) -> None:
-    blocks = parts.blocks
+def _measure(
+    costs: Costs, runner: Runner, parts: Parts, most: int, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    blocks, slow = parts.blocks, runner.device.type == "cpu"
 
     def run(rows: int, tokens: int) -> float:
         each = tokens // rows
@@ -37,4 +47,7 @@ def _measure(costs: Costs, runner: Runner, parts: Parts, sizes: tuple[tuple[int,
         return time.perf_counter() - begin
 
     size = blocks.block_size
-    costs.measure(run, [(r, t) for r, t in sizes if r * -(-(t // r) // size) <= blocks.num_blocks])
+    fit = [(r, t) for r, t in sizes if r <= most and r * -(-(t // r) // size) <= blocks.num_blocks]
+    if slow:
+        fit = [(r, t) for r, t in fit if t <= _ON_A_CPU]
+    costs.measure(run, fit, repeat=2 if slow else 5)

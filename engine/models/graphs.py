@@ -7,6 +7,7 @@ with inputs copied to where it reads them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ _LONGEST = (1, 8, 32)
 """Few sizes, since a capture takes a tenth of a second; but attention splits the context by the rows that
 a graph is made for, and few rows need it split."""
 
+_SPARE = 2 * 2**30  # bytes that capturing ahead leaves free
+log = logging.getLogger(__name__)
+
 Pass = Callable[[Tensor, Tensor, Tensor, Places], tuple[Tensor, Tensor]]
 """(ids, positions, slots, places) -> logits [tokens, vocab], the head's input [tokens, hidden]."""
 
@@ -39,8 +43,6 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     words: Tensor  # int32, the inputs where the graph reads them
     host: Tensor  # pinned, the same
-    logits: Tensor
-    hidden: Tensor
     copied: torch.cuda.Event
 
 
@@ -51,6 +53,7 @@ class PassGraphs:
         self._run, self._spare_slot, self._width, self._device = run, spare_slot, width, device
         self._captured: dict[tuple[int, int, int], _Captured] = {}
         self._pool: Any = None  # the memory that the graphs share
+        self._results: tuple[Tensor, Tensor] | None = None  # of whichever graph ran last: one memory for all
 
     def takes(self, batch: Batch) -> bool:
         """Whether it has the size of a decoding step; prompts are as many sizes as there are prompts."""
@@ -62,6 +65,9 @@ class PassGraphs:
         least = 0
         for most in _LONGEST:
             for size in (size for size in _ROWS if size < 2 * rows and least < longest):
+                if torch.cuda.mem_get_info(self._device)[0] < _SPARE:
+                    log.warning("little memory is left: graphs are captured when they are first needed")
+                    return
                 for tokens in _TOKENS:
                     if size + least <= tokens <= max(bucket(min(size * most, _TOKENS[-1]), _TOKENS), 16):
                         self._found(size, tokens, most)
@@ -77,7 +83,8 @@ class PassGraphs:
         found.words.copy_(found.host, non_blocking=True)
         found.copied.record()
         found.graph.replay()
-        return found.logits[:total], found.hidden[:total]
+        assert self._results is not None
+        return self._results[0][:total], self._results[1][:total]
 
     def _found(self, rows: int, tokens: int, longest: int) -> _Captured:
         key = rows, tokens, longest
@@ -109,11 +116,15 @@ class PassGraphs:
             by_row[0], by_row[1], by_row[2], words[3 * (tokens + rows) :].view(rows, self._width), longest
         )
         inputs = (*words[: 3 * tokens].view(3, tokens), places)
-        self._run(*inputs)  # compiles what is not compiled yet
+        results = self._run(*inputs)  # compiles what is not compiled yet
+        if self._results is None:
+            logits, hidden = (each.new_empty(_TOKENS[-1], each.shape[1]) for each in results)
+            self._results = logits, hidden
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits, hidden = self._run(*inputs)
+            for kept, result in zip(self._results, self._run(*inputs), strict=True):
+                kept[:tokens].copy_(result)
         self._pool = graph.pool()
         host = torch.zeros(size, dtype=torch.int32).pin_memory()
-        return _Captured(graph, words, host, logits, hidden, torch.cuda.Event())
+        return _Captured(graph, words, host, torch.cuda.Event())

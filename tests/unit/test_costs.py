@@ -103,7 +103,7 @@ def test_measuring_an_engines_passes_leaves_it_as_it_was() -> None:
     from engine.types import GenerateRequest, SamplingParams
 
     engine, other = toy_engine(different(5)), toy_engine(different(5))
-    found = measured(engine._parts)
+    found = measured(engine._parts, 4)
     assert found.verify.cost(1, 8) is not None and found.drafts["model"].cost(4, 4) is not None
     request = GenerateRequest(
         id="a", prompt_ids=(1, 2, 3), params=SamplingParams(temperature=0, max_tokens=9)

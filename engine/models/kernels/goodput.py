@@ -1,30 +1,46 @@
 """goodput in three launches: before a draft, after each of its tokens, after the verdict.
 
 The plain torch that they must agree with is in `engine/speculation/policies/goodput.py`, which see for
-what it all means. Scalars are loaded once for every row: a lane each, no reduction.
+what it all means. Scalars are loaded once for every row: a lane each, no reduction. `edges` divide the
+temperatures into classes; what is learned lies by class, [C, ...].
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from engine.speculation.estimator import Curve
+
+
+@triton.jit
+def _kind(temperatures, slot, mask, EDGES: tl.constexpr):
+    """int32[ROWS]: the rows' classes of temperature."""
+    heat = tl.load(temperatures + slot, mask, 0.0)
+    kind = tl.zeros_like(heat).to(tl.int32)
+    for edge in tl.static_range(len(EDGES)):
+        kind += (heat > EDGES[edge]).to(tl.int32)
+    return kind
+
 
 @triton.jit
 def _decide(
-    alive, mine, largest, step_at, slots, logs, chance, bounds, draft_price, verify_price, rows_at, keep,
-    logs_stride, top_m, top_tokens, n,
+    alive, mine, largest, step_at, slots, temperatures, logs, chance, bounds, draft_price, verify_price,
+    rows_at, keep, logs_stride, chance_stride, top_m, top_tokens, n, EDGES: tl.constexpr,
     ROWS: tl.constexpr, BOUNDS: tl.constexpr, HALF: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, ROWS)
     here = i < n
     drew = here & (tl.load(alive + i, here, 0) != 0) & (tl.load(mine + i, here, 0) != 0)
     step = tl.load(step_at).to(tl.int32)
-    log = logs + tl.load(slots + i, here, 0) * logs_stride + step - 1
+    slot = tl.load(slots + i, here, 0)
+    log = logs + slot * logs_stride + step - 1
     before = tl.load(log - 1, here & (step > 1), 0.0)
     joint = before + tl.where(drew, tl.log(tl.load(largest + i, drew, 1.0)), 0.0)
     tl.store(log, joint, here)
@@ -33,6 +49,7 @@ def _decide(
         to = place + (HALF >> halving)
         inside = to <= BOUNDS
         place = tl.where(inside & (tl.load(bounds + to - 1, inside, float("inf")) < joint), to, place)
+    chance += _kind(temperatures, slot, here, EDGES) * chance_stride
     worth = tl.where(drew, tl.load(chance + place), float("-inf"))
     count = tl.sum(drew.to(tl.int32), 0)
     tokens = tl.minimum((tl.load(rows_at) + step * count).to(tl.int32), top_tokens)
@@ -68,8 +85,8 @@ def _best(worth, able, i, m, price):
 
 @triton.jit
 def _limit(
-    mine, slots, own, draft, verify, rate_at, rows_at, pooled, since_at, draft_price, verify_price, answer,
-    top_m, top_tokens, n,
+    mine, slots, temperatures, own, draft, verify, rate_at, rows_at, pooled, since_at, draft_price,
+    verify_price, answer, top_m, top_tokens, n, EDGES: tl.constexpr,
     ROWS: tl.constexpr, M: tl.constexpr, TOKENS: tl.constexpr, BLIND: tl.constexpr, START: tl.constexpr,
     HYSTERESIS: tl.constexpr, PROBE: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +107,8 @@ def _limit(
     i = tl.arange(0, ROWS)
     here = i < n
     governs = here & (tl.load(mine + i, here, 0) != 0)
-    my = own + tl.load(slots + i, here, 0) * 6
+    slot = tl.load(slots + i, here, 0)
+    my = own + slot * 6
     max_sl, probe = tl.load(my, here, 0.0), tl.load(my + 1, here, 0.0)
     first, taken = tl.load(my + 2, here, 0.0), tl.load(my + 3, here, 0.0)
     asked, was = tl.load(my + 4, here, 0.0), tl.load(my + 5, here, 0.0)
@@ -103,7 +121,7 @@ def _limit(
     ahead = tl.minimum(at + LOOK * some, top_tokens)
     token = bare * (tl.load(verify + ahead) - tl.load(verify + at)) / tl.maximum(ahead - at, 1)
     alone = bare * tl.load(draft + tl.minimum(count, top_m)) / some + token
-    hope = tl.minimum(1.5 * alone, tl.load(pooled + i * 0)) + START
+    hope = tl.minimum(1.5 * alone, tl.load(pooled + _kind(temperatures, slot, here, EDGES))) + START
     first = tl.where(first < 0, hope, first)
     later = tl.maximum(taken - first - alone * (asked - 1), 0.0)
     worth = first + later - token + tl.where(was > 0, HYSTERESIS, -HYSTERESIS)
@@ -132,17 +150,19 @@ def _bare(rows, verify, top_tokens):
 
 @triton.jit
 def _observe(
-    mine, slots, drafted, accepted, own, logs, seen_at, good_at, chance, pooled, logs_stride, places, n,
+    mine, slots, temperatures, drafted, accepted, own, logs, seen, good, chance, prior, pooled,
+    logs_stride, places, n, EDGES: tl.constexpr,
     ROWS: tl.constexpr, SL: tl.constexpr, KNOTS: tl.constexpr, PLACES: tl.constexpr, FINE: tl.constexpr,
-    LOW: tl.constexpr, INTERCEPT: tl.constexpr, SLOPE: tl.constexpr, CEILING: tl.constexpr,
-    STRENGTH: tl.constexpr, FADE: tl.constexpr, OPTIMISM: tl.constexpr, MEMORY: tl.constexpr,
-    POOLING: tl.constexpr,
+    LOW: tl.constexpr, STRENGTH: tl.constexpr, FADE: tl.constexpr, OPTIMISM: tl.constexpr,
+    MEMORY: tl.constexpr, POOLING: tl.constexpr,
 ):  # fmt: skip
+    kind = tl.program_id(0)  # a program for each class, with the rows that are of it
     i = tl.arange(0, ROWS)
     here = i < n
     asked, got = tl.load(drafted + i, here, 0).to(tl.int32), tl.load(accepted + i, here, 0).to(tl.int32)
-    taught = here & (tl.load(mine + i, here, 0) != 0) & (asked > 0)
     slot = tl.load(slots + i, here, 0)
+    taught = here & (tl.load(mine + i, here, 0) != 0) & (asked > 0)
+    taught = taught & (_kind(temperatures, slot, here, EDGES) == kind)
     k = tl.arange(0, SL)
     counts = taught[:, None] & (k[None, :] + 1 < asked[:, None])
     log = tl.load(logs + slot[:, None] * logs_stride + k[None, :], counts, -1.0)
@@ -150,23 +170,24 @@ def _observe(
     at = tl.minimum(tl.maximum(log - tl.log(1 - tl.exp(log)) - LOW, 0.0), KNOTS - 1)
     good_one = counts & (got[:, None] > k[None, :] + 1)
     j = tl.arange(0, KNOTS)
+    seen_at, good_at = seen + kind * KNOTS + j, good + kind * KNOTS + j
     memory = tl.exp2(FADE * (tl.sum((taught & (asked > 1)).to(tl.int32), 0) + j * 0))
-    seen, good = memory * tl.load(seen_at + j), memory * tl.load(good_at + j)
+    all_seen, all_good = memory * tl.load(seen_at), memory * tl.load(good_at)
     for knot in tl.static_range(KNOTS):
         near = tl.maximum(1 - tl.abs(at - knot), 0.0)
-        seen += tl.where(j == knot, tl.sum(tl.sum(tl.where(counts, near, 0.0), 1), 0), 0.0)
-        good += tl.where(j == knot, tl.sum(tl.sum(tl.where(good_one, near, 0.0), 1), 0), 0.0)
-    tl.store(seen_at + j, seen)
-    tl.store(good_at + j, good)
-    prior = tl.minimum(1 / (1 + tl.exp(-(INTERCEPT + SLOPE * (j + LOW)))), CEILING)
-    mean = (good + STRENGTH * prior) / (seen + STRENGTH)
-    hoped = mean + OPTIMISM * tl.sqrt(mean * (1 - mean) / (seen + STRENGTH))
+        all_seen += tl.where(j == knot, tl.sum(tl.sum(tl.where(counts, near, 0.0), 1), 0), 0.0)
+        all_good += tl.where(j == knot, tl.sum(tl.sum(tl.where(good_one, near, 0.0), 1), 0), 0.0)
+    tl.store(seen_at, all_seen)
+    tl.store(good_at, all_good)
+    known = all_seen + STRENGTH
+    mean = (all_good + STRENGTH * tl.load(prior + kind * KNOTS + j)) / known
+    hoped = mean + OPTIMISM * tl.sqrt(mean * (1 - mean) / known)
     hoped = tl.minimum(tl.maximum(hoped, 1e-3), 1 - 1e-3)
     odds = tl.log(hoped) - tl.log(1 - hoped)
     place = tl.arange(0, PLACES)
     weight = tl.maximum(1 - tl.abs(place[:, None] / FINE - j[None, :]), 0.0)
     fine = tl.sum(weight * odds[None, :], 1)
-    tl.store(chance + place, 1 / (1 + tl.exp(-fine)), place < places)
+    tl.store(chance + kind * places + place, 1 / (1 + tl.exp(-fine)), place < places)
 
     my = own + slot * 6
     began = tl.where(got > 0, 1.0, 0.0)
@@ -180,6 +201,7 @@ def _observe(
     tl.store(my + 4, wanted + MEMORY * (asked - wanted), taught)
     told = tl.sum(taught.to(tl.int32), 0) + i * 0
     share = (tl.sum(tl.where(taught, began, 0.0), 0) + i * 0.0) / tl.maximum(told, 1)
+    pooled += kind
     old = tl.load(pooled + i * 0)
     tl.store(pooled + i, old + tl.where(told > 0, POOLING * (share - old), 0.0), i == 0)
 
@@ -190,6 +212,7 @@ def decide(
     largest: Tensor,
     step: Tensor,
     slots: Tensor,
+    temperatures: Tensor,
     logs: Tensor,
     chance: Tensor,
     bounds: Tensor,
@@ -197,19 +220,20 @@ def decide(
     verify_price: Tensor,
     rows: Tensor,
     keep: Tensor,
+    edges: tuple[float, ...],
 ) -> None:
     """Who drafts on, into keep bool[B]; the log-products of this step, into logs [slots, 64].
 
     alive, mine bool[B], largest float32[B], step int64[], slots int64[B] (each row's own, padding apart),
-    chance and bounds as `Curve` has them, prices float32 by rows and by tokens, rows float32[].
-    At most 64 rows.
+    temperatures float32[slots], chance and bounds as `Curve` has them, prices float32 by rows and by
+    tokens, rows float32[]. At most 64 rows.
     """
     n, size = keep.shape[0], triton.next_power_of_2(keep.shape[0])
     halvings = bounds.shape[0].bit_length()
     _decide[(1,)](
-        alive.view(torch.int8), mine.view(torch.int8), largest, step, slots, logs, chance, bounds,
-        draft_price, verify_price, rows, keep.view(torch.int8),
-        logs.stride(0), draft_price.shape[0] - 1, verify_price.shape[0] - 1, n,
+        alive.view(torch.int8), mine.view(torch.int8), largest, step, slots, temperatures, logs, chance,
+        bounds, draft_price, verify_price, rows, keep.view(torch.int8), logs.stride(0), chance.stride(0),
+        draft_price.shape[0] - 1, verify_price.shape[0] - 1, n, EDGES=edges,
         ROWS=size, BOUNDS=bounds.shape[0], HALF=1 << (halvings - 1), HALVINGS=halvings,
         num_warps=1 if size < 32 else 4,
     )  # fmt: skip
@@ -218,6 +242,7 @@ def decide(
 def limit(
     mine: Tensor,
     slots: Tensor,
+    temperatures: Tensor,
     own: Tensor,
     load: Mapping[str, Tensor],
     pooled: Tensor,
@@ -225,6 +250,7 @@ def limit(
     draft_price: Tensor,
     verify_price: Tensor,
     answer: Tensor,
+    edges: tuple[float, ...],
     constants: Mapping[str, float],
 ) -> None:
     """What each row may draft, into answer int64[B], at most 64 rows; prices, `own` and `since` in place.
@@ -233,8 +259,9 @@ def limit(
     """
     n = answer.shape[0]
     _limit[(1,)](
-        mine.view(torch.int8), slots, own, load["draft"], load["verify"], load["rate"], load["rows"], pooled,
-        since, draft_price, verify_price, answer, draft_price.shape[0] - 1, verify_price.shape[0] - 1, n,
+        mine.view(torch.int8), slots, temperatures, own, load["draft"], load["verify"], load["rate"],
+        load["rows"], pooled, since, draft_price, verify_price, answer, draft_price.shape[0] - 1,
+        verify_price.shape[0] - 1, n, EDGES=edges,
         ROWS=triton.next_power_of_2(n), M=triton.next_power_of_2(draft_price.shape[0]),
         TOKENS=triton.next_power_of_2(verify_price.shape[0]), num_warps=4, **constants,
     )  # fmt: skip
@@ -243,24 +270,25 @@ def limit(
 def observe(
     mine: Tensor,
     slots: Tensor,
+    temperatures: Tensor,
     drafted: Tensor,
     accepted: Tensor,
     own: Tensor,
     logs: Tensor,
-    seen: Tensor,
-    good: Tensor,
-    chance: Tensor,
+    curve: Curve,
     pooled: Tensor,
+    edges: tuple[float, ...],
     constants: Mapping[str, float],
 ) -> None:
     """Learns from drafted, accepted int64[B], at most 64 rows: `own`, the curve and `pooled`, in place.
 
-    `constants`: those of the estimator, FINE, LOW, INTERCEPT, SLOPE, CEILING, STRENGTH, FADE and OPTIMISM,
-    and MEMORY and POOLING.
+    `constants`: those of the estimator, FINE, LOW, STRENGTH, FADE and OPTIMISM, and MEMORY and POOLING.
     """
     n = drafted.shape[0]
-    _observe[(1,)](
-        mine.view(torch.int8), slots, drafted, accepted, own, logs, seen, good, chance, pooled,
-        logs.stride(0), chance.shape[0], n, ROWS=triton.next_power_of_2(n), SL=logs.shape[1],
-        KNOTS=seen.shape[0], PLACES=triton.next_power_of_2(chance.shape[0]), num_warps=4, **constants,
+    kinds, places = curve.chance.shape
+    _observe[(kinds,)](
+        mine.view(torch.int8), slots, temperatures, drafted, accepted, own, logs, curve.seen, curve.good,
+        curve.chance, curve.prior, pooled, logs.stride(0), places, n, EDGES=edges,
+        ROWS=triton.next_power_of_2(n), SL=logs.shape[1], KNOTS=curve.seen.shape[1],
+        PLACES=triton.next_power_of_2(places), num_warps=4, **constants,
     )  # fmt: skip

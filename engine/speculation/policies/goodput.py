@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.estimator import CONSTANTS, Curve
+from engine.speculation.estimator import CLASSES, CONSTANTS, EDGES, Curve, classes
 from engine.speculation.load import TOKENS, Load
 from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
 
@@ -43,26 +43,33 @@ class GoodputState(State):
 
     `own` [slots, 6]: max_sl, probe, the share of drafts whose first token was accepted (below 0: none
     yet), tokens accepted and drafted a draft, whether it drafts. `logs` [slots, 64]: the logarithm of
-    the product of largest probabilities after each token of this draft. `shared`: the curve and, over
-    all requests, the share of first tokens that were accepted. `draft_price` [M + 1] and `verify_price`
+    the product of largest probabilities after each token of this draft. `shared`, by class of
+    temperature: the curve and, over all requests, the share of first tokens that were accepted, `first`
+    [C]. `kinds` int64[B] are the rows' classes. `draft_price` [M + 1] and `verify_price`
     [TOKENS + 1]: tokens that the batch emits in the time of a draft step by so many rows, of a pass over
     so many tokens. `since`: iterations since a probe.
     """
 
     def __init__(self, slots: int, device: torch.device, load: Load) -> None:
         curve = Curve.new(device)
-        since, first = torch.zeros((), device=device), torch.full((), 0.7, device=device)
+        since, first = torch.zeros((), device=device), torch.full((CLASSES,), 0.7, device=device)
         learned = {"seen": curve.seen, "good": curve.good, "chance": curve.chance, "first": first}
         own = torch.zeros(slots, 6, dtype=torch.float32, device=device)
         logs = torch.zeros(slots, MOST_SL, dtype=torch.float32, device=device)
         super().__init__({"own": own, "logs": logs}, load, learned)
-        self.bounds, self.since = curve.bounds, since
+        self.bounds, self.prior, self.since = curve.bounds, curve.prior, since
+        self.temperatures = torch.zeros(slots, device=device)  # greedy, until the engine says otherwise
         self.draft_price = _BLIND * torch.arange(len(load.draft), dtype=torch.float32, device=device)
         self.verify_price = torch.zeros_like(load.verify)
 
     @property
     def curve(self) -> Curve:
-        return Curve(self.shared["seen"], self.shared["good"], self.shared["chance"], self.bounds)
+        learned = self.shared
+        return Curve(learned["seen"], learned["good"], learned["chance"], self.bounds, self.prior)
+
+    @property
+    def kinds(self) -> Tensor:
+        return classes(self.heat)
 
 
 @register("goodput")
@@ -73,7 +80,7 @@ class Goodput:
     that the batch emits in a second. The m rows of largest S draft on, with the m that makes
     sum(S_i) - r (draft(m) + verify(T + m) - verify(T)) largest, T the tokens to be verified so far; none
     if that is not positive. S comes from `engine.speculation.estimator`, learned from all requests'
-    verdicts; costs and r are the engine's, as measured.
+    verdicts, apart by temperature; costs and r are the engine's, as measured.
 
     Where drafting does not pay at all, nothing is drafted: each row remembers what its drafts got and
     what they asked for, and drafts only while that is more than the batch would emit in that time
@@ -122,7 +129,7 @@ class Goodput:
         token = bare * (load.verify.take(ahead) - pass_time) / (ahead - rows).clamp(min=1)
         step = bare * load.draft
         alone = step.take(count.clamp(max=len(step) - 1)) / count.clamp(min=1) + token  # a row's share
-        hope = torch.minimum(1.5 * alone, state.shared["first"]) + _START
+        hope = torch.minimum(1.5 * alone, state.shared["first"][state.kinds]) + _START
         first = torch.where(first < 0, hope, first)
         later = (taken - first - alone * (asked - 1)).clamp(min=0)  # its own price is asked of every step
         bias = torch.where(was > 0, _HYSTERESIS, -_HYSTERESIS)
@@ -149,7 +156,7 @@ class Goodput:
         before = torch.where(step > 1, logs[state.rows, step.view(1) - 2], 0.0)
         log_joint = torch.where(drew, before + signals.largest.log(), before)
         logs[state.rows, step.view(1) - 1] = log_joint
-        chance = state.curve.read(log_joint)
+        chance = state.curve.read(log_joint, state.kinds)
         count = drew.sum()
         tokens = (state.load.rows + step * count).long().clamp(0, TOKENS)
         if len(drew) == 1:
@@ -171,7 +178,8 @@ class Goodput:
         taught = _mine(state) & (outcome.drafted > 0)
         k = torch.arange(1, MOST_SL + 1, device=taught.device)  # tokens drafted where it stood
         counts = taught[:, None] & (k < outcome.drafted[:, None])
-        state.curve.learn(state["logs"], outcome.accepted[:, None] > k, counts)
+        kinds = state.kinds
+        state.curve.learn(state["logs"], outcome.accepted[:, None] > k, counts, kinds)
         max_sl, probe, first, taken, asked, was = state["own"].unbind(1)
         began = (outcome.accepted > 0).float()
         first = torch.lerp(first, began, _MEMORY)
@@ -179,9 +187,10 @@ class Goodput:
         asked = torch.lerp(asked, outcome.drafted.float(), _MEMORY)
         new = torch.stack([max_sl, probe, first, taken, asked, was], 1)
         state["own"] = torch.where(taught[:, None], new, state["own"])
-        share = torch.where(taught, began, 0.0).sum() / taught.sum().clamp(min=1)
+        told = taught & (kinds == torch.arange(CLASSES, device=taught.device)[:, None])  # [C, B]
+        share = torch.where(told, began, 0.0).sum(1) / told.sum(1).clamp(min=1)
         pooled = torch.lerp(state.shared["first"], share, _POOLING)
-        state.shared["first"].copy_(torch.where(taught.any(), pooled, state.shared["first"]))
+        state.shared["first"].copy_(torch.where(told.any(1), pooled, state.shared["first"]))
 
 
 def _fits(state: State) -> bool:
@@ -192,12 +201,13 @@ def _fits(state: State) -> bool:
 def _launch_decide(signals: Signals, state: GoodputState) -> Tensor:
     from engine.models.kernels import goodput
 
-    assert signals.largest is not None
+    assert signals.largest is not None and state.temperatures is not None
     keep = torch.empty_like(signals.alive)
     goodput.decide(
         alive=signals.alive, mine=_mine(state), largest=signals.largest, step=signals.step,
-        slots=state.rows, logs=state.tensors["logs"], chance=state.curve.chance, bounds=state.bounds,
-        draft_price=state.draft_price, verify_price=state.verify_price, rows=state.load.rows, keep=keep,
+        slots=state.rows, temperatures=state.temperatures, logs=state.tensors["logs"],
+        chance=state.curve.chance, bounds=state.bounds, draft_price=state.draft_price,
+        verify_price=state.verify_price, rows=state.load.rows, keep=keep, edges=EDGES,
     )  # fmt: skip
     return keep
 
@@ -205,11 +215,13 @@ def _launch_decide(signals: Signals, state: GoodputState) -> Tensor:
 def _launch_limit(state: GoodputState) -> Tensor:
     from engine.models.kernels import goodput
 
+    assert state.temperatures is not None
     answer = torch.empty_like(state.rows)
     goodput.limit(
-        mine=_mine(state), slots=state.rows, own=state.tensors["own"], load=vars(state.load),
-        pooled=state.shared["first"], since=state.since, draft_price=state.draft_price,
-        verify_price=state.verify_price, answer=answer, constants=_LIMIT,
+        mine=_mine(state), slots=state.rows, temperatures=state.temperatures, own=state.tensors["own"],
+        load=vars(state.load), pooled=state.shared["first"], since=state.since,
+        draft_price=state.draft_price, verify_price=state.verify_price, answer=answer, edges=EDGES,
+        constants=_LIMIT,
     )  # fmt: skip
     return answer
 
@@ -217,10 +229,11 @@ def _launch_limit(state: GoodputState) -> Tensor:
 def _launch_observe(outcome: Outcome, state: GoodputState) -> None:
     from engine.models.kernels import goodput
 
+    assert state.temperatures is not None
     goodput.observe(
-        mine=_mine(state), slots=state.rows, drafted=outcome.drafted, accepted=outcome.accepted,
-        own=state.tensors["own"], logs=state.tensors["logs"], seen=state.curve.seen, good=state.curve.good,
-        chance=state.curve.chance, pooled=state.shared["first"],
+        mine=_mine(state), slots=state.rows, temperatures=state.temperatures, drafted=outcome.drafted,
+        accepted=outcome.accepted, own=state.tensors["own"], logs=state.tensors["logs"], curve=state.curve,
+        pooled=state.shared["first"], edges=EDGES,
         constants=CONSTANTS | {"MEMORY": _MEMORY, "POOLING": _POOLING},
     )  # fmt: skip
 
