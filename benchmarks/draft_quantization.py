@@ -17,7 +17,7 @@ from typing import Any, get_args
 import record
 import torch
 from draft_step import ENDLESS, draft_step
-from policies import generate, read_texts
+from play import TASKS, generate, read_texts
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True)
-    parser.add_argument("--tasks", type=Path, default=Path(__file__).parent / "data" / "tasks.jsonl")
+    parser.add_argument("--tasks", type=Path, default=TASKS)
     parser.add_argument("--per-task", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--sl", type=int, default=4)

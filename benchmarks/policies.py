@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,14 +25,14 @@ import numpy as np
 import record
 import torch
 from draft_step import draft_step
+from play import TASKS, Text, generate, read_texts
 from rich.console import Console
 from rich.table import Table
 
-from classifiers.data_files import encode, read_data
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.load import load_tokenizer
-from engine.types import GenerateRequest, SamplingParams, SpeculationParams
+from engine.types import SpeculationParams
 
 STATIC = (2, 3, 5, 8, 12)
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5)
@@ -43,17 +41,7 @@ LONGEST = 24  # of the oracle's run
 ALONE, CHOSEN, HINDSIGHT, ORACLE = (
     "target only", "static, chosen on validation", "static, best in hindsight", "oracle",
 )  # fmt: skip
-_SALT = count()
 console = Console(width=160)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt of a task, as token ids."""
-
-    task: str
-    name: str
-    ids: tuple[int, ...]
 
 
 @dataclass
@@ -77,49 +65,6 @@ def joint(threshold: float, longest: int) -> SpeculationParams:
 def _named(speculation: SpeculationParams) -> str:
     """NAME:JSON, as `classifier simulate` calls it."""
     return f"{speculation.policy}:{json.dumps(speculation.options)}"
-
-
-def read_texts(
-    tasks: Path, tokenizer: Any, validation: int, test: int, only: Seq[str] | None
-) -> tuple[list[Text], list[Text]]:
-    """Of every task its last `test` prompts, and the `validation` ones before them."""
-    by_task: dict[str, list[Text]] = defaultdict(list)
-    for prompt in read_data([str(tasks)])[0]:
-        if only is None or prompt.category in only:
-            by_task[prompt.category].append(Text(prompt.category, prompt.name, encode(prompt, tokenizer)))
-    small = [task for task, texts in by_task.items() if len(texts) < validation + test]
-    if small:
-        raise SystemExit(f"task {small[0]!r} of {tasks} has fewer than {validation + test} prompts")
-    chosen = [texts[-(validation + test) :] for texts in by_task.values()]
-    return [t for texts in chosen for t in texts[:validation]], [t for texts in chosen for t in texts[-test:]]
-
-
-def generate(
-    engine: Engine, texts: Seq[Text], tokens: int, speculation: SpeculationParams, temperature: float
-) -> tuple[dict[str, list[int]], dict[str, list[tuple[int, int]]], float]:
-    """All texts at once: ids and (drafted, emitted) of each, and seconds from the first token on."""
-    for i, text in enumerate(texts):
-        params = SamplingParams(
-            temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=i if temperature else None
-        )
-        request = GenerateRequest(
-            id=str(i), prompt_ids=text.ids, params=params, speculation=speculation,
-            cache_salt=str(next(_SALT)),
-        )  # fmt: skip
-        engine.add(request)
-    ids: dict[str, list[int]] = {str(i): [] for i in range(len(texts))}
-    iterations: dict[str, list[tuple[int, int]]] = {name: [] for name in ids}
-    begin = 0.0
-    while engine.has_work():
-        events = engine.step()[0]
-        begin = begin or (time.perf_counter() if events else 0.0)
-        for event in events:
-            if event.error is not None:
-                raise SystemExit(event.error)
-            ids[event.id].extend(event.token_ids)
-            if event.iterations:
-                iterations[event.id].append((event.drafted, len(event.token_ids)))
-    return ids, iterations, time.perf_counter() - begin
 
 
 def play(
@@ -213,7 +158,7 @@ def main() -> None:
     every = {ALONE: SpeculationParams(drafter="none"), **statics, **joints}
     every |= {name: SpeculationParams(policy=name) for name in rules}
     for speculation in every.values():  # compiles, captures, learns the costs
-        generate(engine, test[:1], 24, speculation, args.temperature)
+        generate(engine, test[:1], args.tokens, speculation, args.temperature)
 
     tuned = play(engine, validation, {**statics, **joints}, args, 1)
     sl = best_of(tuned, list(statics), validation, args.tokens)
@@ -224,9 +169,10 @@ def main() -> None:
     found = play(engine, test, settings, args, args.repeats)
     longest = play(engine, test, {ORACLE: static(LONGEST)}, args, 1)[ORACLE]
     found[ORACLE] = oracle(engine, longest)
-    steps = {"static": draft_step(engine, "static", {}, rounds=args.rounds)}
+    timing = {"rounds": args.rounds, "context": min(512, engine.info.max_model_len - 40)}
+    steps = {"static": draft_step(engine, "static", {}, **timing)}
     for name in (rule for rule in rules if rule != "heuristic"):  # last: the engine stops no more afterwards
-        steps[name] = draft_step(engine, name, {}, rounds=args.rounds, overrule=True)
+        steps[name] = draft_step(engine, name, {}, overrule=True, **timing)
     rows, paired = _rows(found, test, list(statics), sl, args)
     different = {
         name: sum(played.tokens[t.name] != found[ALONE].tokens[t.name] for t in test)
@@ -303,7 +249,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="smollm2")
     parser.add_argument("--draft", default="default")
     parser.add_argument("--head", action="append", default=[], help="a trained head; the shipped are found")
-    parser.add_argument("--tasks", type=Path, default=Path(__file__).parent / "data" / "tasks.jsonl")
+    parser.add_argument("--tasks", type=Path, default=TASKS)
     parser.add_argument("--only", nargs="+", help="tasks; default: all in the file")
     parser.add_argument("--per-task", type=int, default=8)
     parser.add_argument("--validation", type=int, default=3, help="prompts of a task")

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import record
+from play import TASKS
 from rich.console import Console
 from rich.table import Table
 
@@ -126,7 +127,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--target", default="smollm2")
     parser.add_argument("--draft", default="default")
-    parser.add_argument("--tasks", type=Path, default=Path(__file__).parent / "data" / "tasks.jsonl")
+    parser.add_argument("--tasks", type=Path, default=TASKS)
     parser.add_argument("--only", nargs="+", default=["code", "prose"], help="tasks, mixed")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument("--waves", type=int, default=2, help="requests of each stream")

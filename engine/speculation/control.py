@@ -37,6 +37,7 @@ class PolicyTable:
         self._free = list(range(slots - 1, -1, -1))
         self._limits: dict[int, int] = {}  # by slot: of policies that do not learn, and what a judge said
         self._judges: dict[tuple[tuple[str, ...], int], Judge] = {}
+        self._captures = device.type == "cuda"
         self._begun: tuple[Judge, dict[int, int]] | None = None  # and by slot the row's place in it
         self._heat = torch.zeros(slots + 1, dtype=torch.float32, device=device)
         for state in self._states.values():
@@ -128,7 +129,7 @@ class PolicyTable:
 
         On a GPU it also asks for their next limits, which `limits` will read.
         """
-        if self._device.type == "cuda" and len(rows) <= MOST_JUDGED:
+        if self._captures and len(rows) <= MOST_JUDGED:
             judge = self.judge(tuple(sorted({row.policy for row in rows})), len(rows))
             slots, numbers = [row.slot for row in rows], [self._numbers[row.policy] for row in rows]
             judge.begin(slots, numbers, drafted, accepted)

@@ -16,6 +16,15 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(slots, numbers, drafted, accepted), all int64[B], to int64[B], what each row may draft next."""
 
 
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """What replays `run` as a CUDA graph; it has run before."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 class Judge:
     """One captured `rule` for at most `size` rows; rows beyond those given are `spare`, of no policy."""
 
@@ -28,17 +37,14 @@ class Judge:
         self._fill([], [], [], [])
         self._words.copy_(self._host)
         rule(*self._words)  # compiles; rows of no policy teach nothing
-        torch.cuda.synchronize(device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._limits.copy_(rule(*self._words), non_blocking=True)
+        self._replay = captured(lambda: self._limits.copy_(rule(*self._words), non_blocking=True), device)
 
     def begin(self, slots: Seq[int], numbers: Seq[int], drafted: Seq[int], accepted: Seq[int]) -> None:
         """Queues it for these rows, of which `limits` then tells."""
         self._done.synchronize()  # the host's buffers may still be read and written
         self._fill(slots, numbers, drafted, accepted)
         self._words.copy_(self._host, non_blocking=True)
-        self._graph.replay()
+        self._replay()
         self._done.record()
         self._rows = len(slots)
 

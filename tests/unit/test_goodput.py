@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, pairwise
 
+import msgspec
 import pytest
 import torch
 from lossless.contract import CPU, among_dead, sequence, signals
 from torch import Tensor
 
+from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
-from engine.speculation.estimator import Curve
+from engine.speculation.estimator import CLASSES, Curve, classes
 from engine.speculation.load import Load
 from engine.speculation.policies import goodput
 from engine.speculation.policies.goodput import Goodput, GoodputState, best
-from engine.speculation.policy import Equipment, Outcome, policies
+from engine.speculation.policy import Equipment, Outcome, Signals, policies
 
 PASS = 0.01  # seconds of a target pass
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernels
 
 
-def loaded(rows: int = 1, draft: float = 0.1, token: float = 0.001, rate: float = 0.0) -> Load:
+def loaded(
+    rows: int = 1, draft: float = 0.1, token: float = 0.001, rate: float = 0.0, device: torch.device = CPU
+) -> Load:
     """A draft step costs `draft` of a pass whatever the rows, a token to verify `token` of one."""
-    load = Load(CPU)
+    load = Load(device)
     load.draft[1:] = draft * PASS
     load.verify.copy_(PASS * (1 + token * torch.arange(len(load.verify))))
     load.rows.fill_(rows)
@@ -39,12 +46,20 @@ def state_of(table: PolicyTable) -> GoodputState:
     return state
 
 
+def warm(row: Sequence, temperature: float) -> Sequence:
+    """The same request, at this temperature."""
+    params = msgspec.structs.replace(row.params, temperature=temperature)
+    return replace(row, request=msgspec.structs.replace(row.request, params=params))
+
+
 class Synthetic:
     """A draft whose every token is accepted with `chance`, and that says so with `says`."""
 
-    def __init__(self, table: PolicyTable, says: float, chance: float, max_sl: int = 4) -> None:
+    def __init__(
+        self, table: PolicyTable, says: float, chance: float, max_sl: int = 4, temperature: float = 0.0
+    ) -> None:
         self.table, self.says, self.chance = table, says, chance
-        self.row = sequence("goodput", {"max_sl": max_sl})
+        self.row = warm(sequence("goodput", {"max_sl": max_sl}), temperature)
         table.take(self.row)
         self.source = torch.Generator().manual_seed(3)
 
@@ -170,6 +185,9 @@ def test_a_used_slot_forgets() -> None:
 # ---- what it learns
 
 
+GREEDY = torch.zeros(1, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(("says", "chance"), [(0.6, 0.9), (0.95, 0.7)])
 def test_learns_what_a_drafts_word_is_worth(says: float, chance: float) -> None:
     """Two tokens drafted, that is 1 known to be good, and the next: chance squared."""
@@ -177,7 +195,7 @@ def test_learns_what_a_drafts_word_is_worth(says: float, chance: float) -> None:
     draft = Synthetic(table, says, chance)
     for _ in range(300):
         draft.iterate()
-    found = float(state_of(table).curve.read(torch.tensor([says]).log())[0])
+    found = float(state_of(table).curve.read(torch.tensor([says]).log(), GREEDY)[0])
     assert found == pytest.approx(chance**2, abs=0.08)
 
 
@@ -186,9 +204,9 @@ def test_only_drafts_that_went_on_teach() -> None:
     curve = Curve.new(CPU)
     logs = torch.tensor([[-0.1, float("nan"), 5.0]])
     before = curve.chance.clone()
-    curve.learn(logs, torch.tensor([[True, True, True]]), torch.tensor([[False, False, False]]))
+    curve.learn(logs, torch.tensor([[True, True, True]]), torch.tensor([[False, False, False]]), GREEDY)
     assert torch.equal(curve.chance, before) and float(curve.seen.sum()) == 0
-    curve.learn(logs, torch.tensor([[False, True, True]]), torch.tensor([[True, False, False]]))
+    curve.learn(logs, torch.tensor([[False, True, True]]), torch.tensor([[True, False, False]]), GREEDY)
     assert float(curve.seen.sum()) == pytest.approx(1) and float(curve.good.sum()) == 0
     assert bool(curve.chance.isfinite().all())
 
@@ -205,15 +223,66 @@ def test_the_curve_remembers_within_bounds_and_forgets_what_is_not_seen_again() 
     curve = Curve.new(CPU)
     start = curve.chance.clone()
     source = torch.Generator().manual_seed(0)
-    every = torch.ones(64, 4, dtype=torch.bool)
+    every, cool = torch.ones(64, 4, dtype=torch.bool), torch.ones(64, dtype=torch.int64)
     for _ in range(200):
-        curve.learn(-torch.rand(64, 4, generator=source) * 8, torch.zeros_like(every), every)
+        curve.learn(-torch.rand(64, 4, generator=source) * 8, torch.zeros_like(every), every, cool)
     assert float(curve.seen.sum()) <= 4 * (2000 + 64)
-    assert float(curve.chance[: 8 * 8].max()) < 0.1
+    assert float(curve.chance[1, : 8 * 8].max()) < 0.1
     for _ in range(200):  # drafts that all stand high
-        curve.learn(torch.full((64, 4), -1e-4), torch.ones_like(every), every)
-    assert float(curve.chance[-1]) > 0.95
-    torch.testing.assert_close(curve.chance[8 * 6], start[8 * 6], atol=0.1, rtol=0)
+        curve.learn(torch.full((64, 4), -1e-4), torch.ones_like(every), every, cool)
+    assert float(curve.chance[1, -1]) > 0.95
+    torch.testing.assert_close(curve.chance[1, 8 * 6], start[1, 8 * 6], atol=0.1, rtol=0)
+    assert torch.equal(curve.chance[[0, 2, 3]], start[[0, 2, 3]])
+
+
+# ---- temperature
+
+
+def test_classes_of_temperature() -> None:
+    heat = torch.tensor([0.0, 1e-3, 0.5, 0.7, 1.0, 2.0])
+    assert classes(heat).tolist() == [0, 1, 1, 2, 3, 3]
+    assert len(Curve.new(CPU).seen) == CLASSES == 4
+
+
+def test_sampled_rows_are_trusted_less_where_the_draft_is_sure() -> None:
+    """From the first request on: the prior."""
+    chance = Curve.new(CPU).chance
+    assert bool((chance[:-1, 8 * 6 :] > chance[1:, 8 * 6 :]).all())
+    assert bool((chance.diff(dim=1) >= 0).all())
+    lengths = []
+    for temperature in (0.0, 1.0):
+        table = table_of(1, loaded(draft=0.2, rate=3.0))
+        lengths.append(Synthetic(table, says=0.9, chance=1.0, max_sl=16, temperature=temperature).iterate())
+    assert lengths[0] > lengths[1] >= 1
+
+
+def test_rows_learn_by_temperature() -> None:
+    """Sampled drafts that fail leave greedy rows as they were, in the same batch and after it."""
+    table = table_of(1, loaded(draft=0.1))
+    greedy = state_of(table).curve.chance[0].clone()
+    hot = Synthetic(table, says=0.8, chance=0.2, temperature=1.0)
+    for _ in range(200):
+        hot.iterate()
+    table.give_back(hot.row)
+    state = state_of(table)
+    assert torch.equal(state.curve.chance[0], greedy)
+    assert state.curve.seen.sum(1).bool().tolist() == [False, False, False, True]
+    first = state.shared["first"].tolist()
+    assert first[:3] == pytest.approx([0.7] * 3) and first[3] < 0.5
+    said = torch.full((CLASSES,), 0.8).log()
+    kinds = torch.arange(CLASSES)
+    assert float(state.curve.read(said, kinds)[3]) < 0.2 < float(state.curve.read(said, kinds)[:3].min())
+
+
+def test_a_batch_of_several_temperatures_asks_each_rows_own_curve() -> None:
+    table = table_of(3, loaded(rows=3, draft=0.2, token=0.02))
+    rows = [warm(sequence("goodput", name=str(t)), t) for t in (0.0, 1.0, 0.0)]
+    for row in rows:
+        table.take(row)
+    curve = state_of(table).curve
+    curve.chance[0], curve.chance[3] = 0.01, 0.95
+    table.limits(rows)
+    assert table.keep_drafting(rows, signals(1, [0.9] * 3)) == [False, True, False]
 
 
 # ---- nothing at all
@@ -290,25 +359,36 @@ def test_probes_can_be_turned_off() -> None:
 class Twins:
     """Two states alike: one for the reference, one for the kernels."""
 
+    heat = (0.0, 1.0, 0.7, 0.0, 0.3, 1.3)
+
     def __init__(self, rows: int, seed: int) -> None:
         self.source = torch.Generator().manual_seed(seed)
         found = policies()["goodput"]
         assert isinstance(found, Goodput)
         self.policy = found
-        self.load = loaded(rows=rows, draft=float(self.random(1)), token=0.02, rate=3.0 * rows)
+        draft = float(self.random(1))
+        self.load = loaded(rows=rows, draft=draft, token=0.02, rate=3.0 * rows, device=DEVICE)
         self.load.draft[3:] += 0.5 * PASS * float(self.random(1))
-        slots = torch.randperm(9, generator=self.source)[:rows]
+        slots = torch.randperm(9, generator=self.source)[:rows].to(DEVICE)
         self.states: list[GoodputState] = []
         for _ in range(2):
-            state = found.allocate(9, CPU, Equipment(self.load))
-            assert isinstance(state, GoodputState)
-            for slot in slots.tolist():
+            state = found.allocate(9, DEVICE, Equipment(self.load))
+            assert isinstance(state, GoodputState) and state.temperatures is not None
+            for slot, temperature in zip(slots.tolist(), self.heat, strict=False):
                 found.reset(state, slot, found.Options())
-            state.rows, state.mine = slots, torch.arange(rows) != 3
+                state.temperatures[slot] = temperature
+            state.rows, state.mine = slots, torch.arange(rows, device=DEVICE) != 3
             self.states.append(state)
 
     def random(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.source)
+        return torch.rand(*shape, generator=self.source).to(DEVICE)
+
+    def signals(self, step: int, alive: Tensor) -> Signals:
+        """Of these rows; the others' are NaN."""
+        largest = torch.where(alive, self.random(len(alive)) ** 0.2, float("nan"))
+        token = torch.zeros(len(alive), dtype=torch.int64, device=DEVICE)
+        at = torch.tensor(step, device=DEVICE)
+        return Signals(step=at, token=token, position=token, alive=alive, largest=largest)
 
     def alike(self) -> None:
         one, other = self.states
@@ -333,11 +413,9 @@ def test_the_kernels_do_as_the_reference(rows: int) -> None:
             assert launched.limit(other).tolist() == limit.tolist(), (seed, iteration)
             twins.alike()
             rested += int((limit == 0).sum())
-            alive, drafted = limit > 0, torch.zeros(rows, dtype=torch.int64)
+            alive, drafted = limit > 0, torch.zeros_like(limit)
             for step in range(1, 7):
-                given = signals(step, (twins.random(rows) ** 0.2).tolist())
-                assert given.largest is not None
-                given.alive, given.largest = alive, torch.where(alive, given.largest, float("nan"))
+                given = twins.signals(step, alive)
                 keep = twins.policy.reference(given, one)
                 assert launched.decide(given, other).tolist() == keep.tolist(), (seed, iteration, step)
                 drafted += alive
@@ -348,6 +426,36 @@ def test_the_kernels_do_as_the_reference(rows: int) -> None:
             launched.observe(Outcome(drafted, accepted), other)
             twins.alike()
     assert rested > 0
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_what_is_captured_changes_in_place_and_rows_without_drafts_teach_nothing(kernels: bool) -> None:
+    """As a graph asks: all rows; some drafted nothing, padding is nobody's and shares the spare slot."""
+    if kernels:
+        pytest.importorskip("triton")
+    twins = Twins(5, 0)
+    state = twins.states[0]
+    spare = 8
+    state.rows = torch.tensor([*range(5), *[spare] * 3], device=DEVICE)
+    state.mine = state.rows != spare
+    observe = launched.observe if kernels else twins.policy.reference_observe
+    limit = launched.limit if kernels else twins.policy.reference_limit
+
+    def held() -> Iterator[Tensor]:
+        yield from (*state.tensors.values(), *state.shared.values())
+        yield from (state.since, state.draft_price, state.verify_price)
+
+    state.tensors["logs"].fill_(-0.5)
+    limit(state)
+    places, before = [each.data_ptr() for each in held()], [each.clone() for each in held()]
+    garbage = state.rows.new_tensor([0, 0, 0, 0, 0, 7, 9, 1])
+    observe(Outcome(garbage, garbage // 2), state)
+    torch.testing.assert_close(list(held()), before, rtol=1e-5, atol=1e-6)
+    observe(Outcome(garbage.index_fill(0, garbage.new_tensor([1]), 4), garbage * 0 + 2), state)
+    assert not torch.equal(state.shared["seen"], before[2])
+    assert torch.equal(state.tensors["own"][spare], before[0][spare])
+    answer = limit(state)
+    assert answer[5:].tolist() == [0, 0, 0] and [each.data_ptr() for each in held()] == places
 
 
 class launched:

@@ -11,6 +11,7 @@ counter and keep the logits that they sampled from.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Set
 from collections.abc import Sequence as Seq
@@ -27,6 +28,7 @@ from engine.models.kernels.advance import MOST_SL, REASONS, advance
 from engine.models.kernels.attention import Places
 from engine.models.kernels.choose import Chooser, Laws
 from engine.models.runner import Batch, Chunk
+from engine.sampling import unadjusted
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.drafters.base import RowDraft
@@ -34,6 +36,7 @@ from engine.speculation.noise import coupled_state, draws_state
 from engine.speculation.policy import Need, Signals
 
 MOST_ROWS = 64
+log = logging.getLogger(__name__)
 
 
 class DraftLoop:
@@ -45,6 +48,13 @@ class DraftLoop:
         """`vocab`: ids at or above it are never proposed. `blocks`, `most_sl`: the most a row may have."""
         self._make = functools.partial(_Lane, runner, vocab, table, blocks, min(most_sl, MOST_SL))
         self._lanes: dict[int, _Lane] = {}
+
+    @torch.inference_mode()
+    def takes(self, rows: Seq[Sequence]) -> bool:
+        """Whether it can draft for them: they are no more than 64, and what rejecting ones keep has room."""
+        if len(rows) > MOST_ROWS or not all(map(unadjusted, rows)):
+            return False
+        return all(row.coupled for row in rows) or self._lane(len(rows)).keeps()
 
     @torch.inference_mode()
     def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
@@ -103,6 +113,7 @@ class _Lane:
         states = (decode.MOST if self._compact else size), runner.hidden_size
         self._hidden = torch.zeros(states, dtype=torch.float32, device=device)
         self._graphs: dict[tuple[tuple[str, ...], bool], _Graphs] = {}
+        self._full = False
         self._kept: Tensor | None = None  # bfloat16[size, most_sl, vocab], what rejecting rows sampled from
         self._first_most = 8 if 2 * size <= 8 else decode.MOST  # tokens: each row's newest, and one before
         self._side = torch.cuda.Stream(device)
@@ -169,9 +180,6 @@ class _Lane:
         """Captured at first use; run once before, with no row alive, so that all is compiled."""
         key = names, rejects
         if key not in self._graphs:
-            if rejects and self._kept is None:
-                shape = self._size, self._most_sl, self._vocab
-                self._kept = torch.empty(shape, dtype=torch.bfloat16, device=self._runner.device)
             needs = self._table.needs_of(names)
             if self._logits is None:
                 self._forward(needs, self._size)
@@ -193,6 +201,17 @@ class _Lane:
         return self._graphs[key]
 
     # ---- the host's part
+
+    def keeps(self) -> bool:
+        """Whether there is memory for the logits that rejecting rows sample from."""
+        if self._kept is None and not self._full:
+            shape = self._size, self._most_sl, self._vocab
+            try:
+                self._kept = torch.empty(shape, dtype=torch.bfloat16, device=self._runner.device)
+            except torch.OutOfMemoryError:
+                self._full = True
+                log.warning("no memory for the draft loop of %d rejecting rows: the host drafts", self._size)
+        return self._kept is not None
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
         names = tuple(sorted({row.policy for row in rows}))

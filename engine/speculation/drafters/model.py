@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.kv.blocks import BlockManager
 from engine.models.runner import Batch, Chunk, Runner
-from engine.sampling import Place, scaled_logits, unadjusted
+from engine.sampling import Place, scaled_logits
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.drafters.base import Drafts, RowDraft
@@ -69,7 +69,7 @@ class ModelDrafter:
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         loop = self._device_loop(table)
         # What filters cut is drafted all the same: q is free, and a step of the loop costs half as much.
-        if loop is not None and len(rows) <= 64 and all(map(unadjusted, rows)):
+        if loop is not None and loop.takes(rows):
             return loop.begin(rows, limits)
         drafts = self.draft(rows, limits, table)
         return lambda: drafts
