@@ -7,39 +7,33 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import msgspec
 import psutil
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from engine.config import EngineConfig
 from engine.kv.blocks import BlockManager
 from engine.kv.pool import LayerShape, bytes_per_block
-from engine.models import builtin, fingerprint, load
+from engine.models import fingerprint, load
 from engine.models.decoder import unsupported
-from engine.models.draft import is_draft, read_config
 from engine.models.packed import PackedWeights
 from engine.models.quantize import quantize_linears, shared_weights
 from engine.models.reference import ReferenceRunner
 from engine.models.runner import Runner
+from engine.pairing import ConfigError, heads_of, load_draft_model, named_heads, shown
 from engine.speculation.drafters.base import Drafter
 from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.drafters.ngram import NgramDrafter
-from engine.speculation.heads import Head, HeadError, builtin_heads, load_head
+from engine.speculation.heads import Head
 from engine.speculation.load import Load
 from engine.speculation.noise import CounterDraws, GumbelNoise, RandomSource
-from engine.speculation.policy import Equipment, options_of, policies, refusals
+from engine.speculation.policy import Equipment, options_of, refusals
 from engine.speculation.verifier import Verifier
-from engine.types import CannotLoad, ModelInfo
+from engine.types import ModelInfo
 
 log = logging.getLogger(__name__)
-
-
-class ConfigError(CannotLoad):
-    """Settings that do not fit each other or the models."""
 
 
 @dataclass
@@ -62,21 +56,21 @@ def build(config: EngineConfig) -> Parts:
     dtype = load.pick_dtype(config.dtype, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    named = _named_heads(config)
+    named = named_heads(config)
     tokenizer = load.load_tokenizer(config.target, config.trust_remote_code)
     model = load.load_model(
         config.target, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
     )
     eos_ids = load.eos_token_ids(model, tokenizer)
     vocab = min(load.real_vocab_size(tokenizer), int(model.config.get_text_config().vocab_size))
-    draft_model = _draft_model(config, model, tokenizer, dtype, device)
+    draft_model = load_draft_model(config, model, tokenizer, dtype, device)
     _quantize(config, model, draft_model)
     packed: PackedWeights | None = {} if device.type == "cpu" and dtype == torch.float32 else None
     target = _runner(config, model, packed)
     draft = None if draft_model is None else _runner(config, draft_model, packed)
     pair = {"target": fingerprint.of_model(config.target)}
     pair["draft"] = fingerprint.of_draft(config.draft, config.target, tokenizer) or config.draft
-    heads = _heads(named, pair, draft)
+    heads = heads_of(named, pair, draft)
     runners = [target] if draft is None else [target, draft]
     max_model_len = config.max_model_len or target.context
     if max_model_len > target.context:
@@ -98,43 +92,6 @@ def build(config: EngineConfig) -> Parts:
     )
     parts.pair = pair
     return parts
-
-
-def _named_heads(config: EngineConfig) -> dict[str, Head]:
-    """The heads of the config by path, before models are loaded. Raises ConfigError, HeadError."""
-    named: dict[str, Head] = {}
-    for path in config.heads:
-        if config.draft in ("none", "ngram"):
-            raise ConfigError(f"head {path!r}: draft {config.draft!r} is no model to be judged")
-        head = load_head(Path(path))
-        if head.kind not in policies():
-            raise ConfigError(f"head {path!r}: no policy reads a head of kind {head.kind!r}")
-        if other := next((each for each, known in named.items() if known.kind == head.kind), None):
-            raise ConfigError(f"heads {other!r} and {path!r} are both of kind {head.kind!r}: name one")
-        named[path] = head
-    return named
-
-
-def _heads(named: Mapping[str, Head], pair: Mapping[str, str], draft: Runner | None) -> Mapping[str, Head]:
-    """The heads that ship for the pair, and those that were named, which come first: by kind."""
-    if draft is None:
-        return {}
-    found = dict(builtin_heads(pair["draft"], pair["target"]))
-    for path, head in named.items():
-        try:
-            head.check(pair["draft"], hidden=draft.hidden_size)
-        except HeadError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        found[head.kind] = head
-    for kind, head in found.items():
-        log.info("head for policy %s: taught on %s with %s", kind, head.target.name, head.draft.name)
-    return found
-
-
-def _shown(head: Head) -> dict[str, Any]:
-    """What the API tells of a head."""
-    taught = {"draft": head.draft.name, "target": head.target.name, "data": head.data}
-    return {**taught, "options": msgspec.to_builtins(head.options), "scores": head.scores}
 
 
 def _quantize(config: EngineConfig, target: PreTrainedModel, draft: PreTrainedModel | None) -> None:
@@ -250,52 +207,10 @@ def assemble(
         default_options={name: getattr(options, name) for name in options.__struct_fields__},
         max_sl=config.max_sl,
         refusals=refused,
-        heads={kind: _shown(head) for kind, head in (heads or {}).items()},
+        heads={kind: shown(head) for kind, head in (heads or {}).items()},
     )
     budget = config.token_budget or (2048 if target.device.type == "cuda" else 256)
     return Parts(target, drafters, Verifier(eos_ids, noise, random), manager, info, budget, equipment)
-
-
-def _draft_model(
-    config: EngineConfig,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PreTrainedModel | None:
-    """The draft that the config names, checked to speak the target's tokens."""
-    name = config.draft
-    if name in ("none", "ngram"):
-        return None
-    if name.startswith("self:"):
-        layers = name.removeprefix("self:")
-        if not layers.isdecimal():
-            raise ConfigError(f"draft {name!r}: self:N takes a number of layers, for example self:6")
-        try:
-            return load.early_exit(target, int(layers))
-        except ValueError as error:
-            raise ConfigError(f"draft {name!r}: {error}") from error
-    if name == builtin.NAME:
-        try:
-            name = str(builtin.builtin_draft(config.target, tokenizer))
-        except builtin.NoBuiltinDraft as error:
-            raise ConfigError(str(error)) from error
-    where = load.resolve(name)
-    if isinstance(where, Path) and is_draft(where):
-        difference = _other_digest(where, tokenizer)
-    else:
-        difference = load.same_tokenizer(load.load_tokenizer(name, config.trust_remote_code), tokenizer)
-    if difference is not None:
-        raise ConfigError(f"draft {name!r} does not share the tokenizer of {config.target!r}: {difference}")
-    return load.load_model(name, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
-
-
-def _other_digest(draft: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """None if the draft, which brings no tokenizer, was made for this one."""
-    made_for, digest = read_config(draft).tokenizer_sha256, load.tokenizer_sha256(tokenizer)
-    if made_for == digest:
-        return None
-    return f"its config names the tokenizer with SHA-256 {made_for or 'of nothing'}, the target's is {digest}"
 
 
 def _count_blocks(

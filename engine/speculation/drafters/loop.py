@@ -32,6 +32,7 @@ from engine.sampling import unadjusted
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.inputs import NARROW, WIDE, parts
 from engine.speculation.noise import coupled_state, draws_state
 from engine.speculation.policy import Need, Signals
 
@@ -89,16 +90,16 @@ class _Lane:
         self._vocab, self._most_sl = vocab, most_sl
         self._compact = runner.kernel is not None and size <= runner.decodes
         self._chooser = Chooser(size, vocab, runner.device)
-        words = decode.META + size * (2 * len(_WIDE) + len(_NARROW) + blocks)
+        words = decode.META + size * (2 * len(WIDE) + len(NARROW) + blocks)
         self._words = torch.zeros(words, dtype=torch.int32, device=runner.device)
         self._host = torch.zeros(words, dtype=torch.int32).pin_memory()
-        self._inputs = {name: tensor.numpy() for name, tensor in _parts(self._host, size, blocks).items()}
+        self._inputs = {name: tensor.numpy() for name, tensor in parts(self._host, size, blocks).items()}
         device, int32 = runner.device, torch.int32
         answer = torch.zeros(4 + size * (2 + MOST_SL), dtype=int32, device=device)
         self._answer, self._answer_host = answer, torch.zeros_like(answer, device="cpu").pin_memory()
         self._ticket = torch.zeros(1, dtype=int32).pin_memory()
         self._seen, self._replays = self._ticket.numpy(), 0
-        self.rows = _parts(self._words, size, blocks) | {
+        self.rows = parts(self._words, size, blocks) | {
             "progress": answer[:4],
             "length": answer[4 : 4 + size],
             "reason": answer[4 + size : 4 + 2 * size],
@@ -301,18 +302,3 @@ class _Graphs(NamedTuple):
 
     first: torch.cuda.CUDAGraph
     again: torch.cuda.CUDAGraph
-
-
-_WIDE = ("state", "key", "position", "generated", "limit", "slot")
-_NARROW = ("place", "alive", "policy", "rejecting", "temperature", "joint")
-
-
-def _parts(words: Tensor, size: int, blocks: int) -> dict[str, Tensor]:
-    """The named parts of the inputs: META words, then by row int64 ones, int32 ones, the tables."""
-    wide, narrow = len(_WIDE), len(_NARROW)
-    sizes = [decode.META, 2 * wide * size, narrow * size]
-    meta, longs, ints, tables = words.split([*sizes, words.shape[0] - sum(sizes)])
-    parts = {"meta": meta, "tables": tables.view(size, blocks)}
-    parts |= zip(_WIDE, longs.view(torch.int64).view(wide, size), strict=True)
-    parts |= zip(_NARROW, ints.view(narrow, size), strict=True)
-    return parts | {name: parts[name].view(torch.float32) for name in ("temperature", "joint")}
