@@ -49,6 +49,9 @@ def export(options: ExportOptions, console: Console | None = None) -> Path:
         data = head.data | {"costs": msgspec.to_builtins(options.costs)}
         scores.pop("test", None)  # they were of the old threshold
         head = msgspec.structs.replace(head, options=made, data=data)
+    there = options.out / f"{head.kind}.json"
+    if there.exists():
+        raise DataError(f"{there} is there: name another --out, or remove it")
     path = save_head(msgspec.structs.replace(head, scores=scores), options.out / head.kind)
     load_head(path)
     told = f"threshold {head.options.threshold:.3f}, max_sl {head.options.max_sl}"

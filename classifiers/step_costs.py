@@ -122,8 +122,8 @@ def costs_from(
 def _pairs(verify: Any) -> Any:
     """Pairs (tokens, seconds) of whatever form; what is none of them is left to validation."""
     if isinstance(verify, Mapping):
-        if not all(str(tokens).isdecimal() for tokens in verify):
-            raise CostsError(f"'verify' is by tokens, not by {next(iter(verify))!r}")
+        if odd := [tokens for tokens in verify if not str(tokens).isdecimal()]:
+            raise CostsError(f"'verify' is by tokens, not by {odd[0]!r}")
         return sorted((int(tokens), seconds) for tokens, seconds in verify.items())
     if isinstance(verify, Seq) and all(isinstance(each, int | float) for each in verify):
         return list(enumerate(verify, 1))

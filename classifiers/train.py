@@ -44,6 +44,7 @@ from engine.speculation.heads import (
     load_head,
     save_head,
 )
+from engine.speculation.policy import policies
 from engine.speculation.scoring import score
 
 SPLIT_SEED = 0
@@ -109,7 +110,11 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
     options.check()
     console = console or Console(stderr=True)
     material = Material.read(options.traces, "hidden" in options.read())
-    work = options.out / "work" / f"{options.kind}-{_digest(options, material)}"
+    digest = _digest(options, material)
+    work = options.out / "work" / f"{options.kind}-{digest}"
+    there = options.out / f"{options.kind}.json"
+    if there.exists() and not work.exists():
+        raise DataError(f"{there} is there, made otherwise: name another --out, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     tried: list[tuple[Head, dict[str, Any]]] = []
     candidates = list(_candidates(options, material))
@@ -138,7 +143,9 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"done: {path}; serve it with --head {path}", highlight=False, soft_wrap=True)
+    served = options.kind in policies()
+    use = f"serve it with --head {path}" if served else "no policy reads this kind: it is for comparison"
+    console.print(f"done: {path}; {use}", highlight=False, soft_wrap=True)
     return path
 
 

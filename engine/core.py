@@ -58,7 +58,9 @@ class Engine:
         self._overlaps = device.type == "cuda"
         self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
         for name, drafter in self._parts.drafters.items():
+            self._tables[name].check(config.policy, options_of(config.policy, config.policy_options))
             drafter.warm(self._tables[name], config.policy, config.max_num_seqs)
+            self._tables[name].warm(config.policy, config.max_num_seqs)
 
     # ---- requests
 
@@ -71,6 +73,9 @@ class Engine:
         drafter = asked.drafter or self.info.default_drafter
         policy = asked.policy or self.info.default_policy
         default = self.info.default_options if policy == self.info.default_policy else {}
+        options = options_of(policy, default if asked.options is None else asked.options)
+        if asked.options is not None and drafter in self._tables:
+            self._tables[drafter].check(policy, options)
         seq = Sequence(
             request=request,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
@@ -79,7 +84,7 @@ class Engine:
             or (params.sampling_method == "auto" and params.seed is not None),
             drafter=drafter,
             policy=policy,
-            options=options_of(policy, default if asked.options is None else asked.options),
+            options=options,
             max_sl=self.info.max_sl if asked.max_sl is None else asked.max_sl,
             order=self._arrivals,
         )
@@ -221,7 +226,9 @@ class Engine:
             row.failed = verdict.failed[i]
         for name, table in self._tables.items():
             learning = [
-                row for row in sampling if row.decodes and row.seq.drafter == name and table.learns(row.seq)
+                row
+                for row in sampling
+                if row.decodes and row.seq.drafter == name and not row.failed and table.learns(row.seq)
             ]
             if learning:
                 drafted, accepted = [len(r.draft.tokens) for r in learning], [r.accepted for r in learning]

@@ -74,7 +74,7 @@ class PassGraphs:
             least = most
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits and the head's input of the batch's tokens, valid until the next pass of this size."""
+        """Logits and the head's input of the batch's tokens, valid until the next pass."""
         rows, total = len(batch.query_lens), sum(batch.query_lens)
         key = bucket(rows, _ROWS), bucket(total, _TOKENS), bucket(max(batch.query_lens), _LONGEST)
         found = self._found(*key)

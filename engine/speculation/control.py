@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -11,9 +12,20 @@ from torch import Tensor
 from engine.sequence import Sequence
 from engine.speculation.judge import Judge
 from engine.speculation.load import Load
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, StopPolicy, policies
+from engine.speculation.policy import (
+    Equipment,
+    Need,
+    Outcome,
+    Signals,
+    State,
+    StopPolicy,
+    options_of,
+    policies,
+)
+from engine.types import InvalidRequest
 
 MOST_JUDGED = 64  # rows
+MOST_JUDGES = 64  # mixes of policies and numbers of rows that are kept captured
 
 
 class PolicyTable:
@@ -81,6 +93,8 @@ class PolicyTable:
         unknown = [
             row for row in rows if row.slot not in self._limits or (self.learns(row) and row.slot not in told)
         ]
+        if unknown and told:  # those who share must see all rows at once
+            unknown = [row for row in rows if self.learns(row) or row.slot not in self._limits]
         if unknown:
             answers = [(state.mine, policy.limit(state)) for policy, state in self._in_use(unknown)]
             merged = _merge(answers[0][1], answers[1:])
@@ -120,6 +134,32 @@ class PolicyTable:
                 answers.append((state.mine, policy.keep_drafting(signals, state)))
         return _merge(torch.ones_like(signals.alive), answers)
 
+    def asked(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Of these policies those that are asked while drafting, in order."""
+        return tuple(name for name in sorted(set(names)) if self._policies[name].needs)
+
+    def check(self, policy: str, options: object) -> None:
+        """Raises InvalidRequest for options that no state can hold, such as those that overflow."""
+        if policy not in self._policies:
+            return
+        try:
+            self._policies[policy].reset(self._states[policy], self.spare_slot, options)
+        except (RuntimeError, ArithmeticError, ValueError) as error:
+            raise InvalidRequest(
+                f"options of policy {policy!r} cannot be computed with: {error}",
+                "speculation.options",
+                "invalid_option",
+            ) from error
+
+    def warm(self, policy: str, rows: int) -> None:
+        """Captures on a GPU what telling up to `rows` rows of the policy needs, under default options."""
+        found = self._policies.get(policy)
+        if self._captures and found is not None and found.learns(options_of(policy, {})):
+            size = 1
+            while size <= min(rows, MOST_JUDGED):
+                self.judge((policy,), size)
+                size *= 2
+
     def needs_of(self, names: Seq[str]) -> frozenset[Need]:
         """The signals that these policies read."""
         return frozenset().union(*(self._policies[name].needs for name in names))
@@ -147,7 +187,13 @@ class PolicyTable:
         key = names, 1 << (rows - 1).bit_length()
         if key not in self._judges:
             rule = functools.partial(self.verdict, names)
+            held = [(each, each.clone()) for name in names for each in self._states[name].shared.values()]
             self._judges[key] = Judge(rule, key[1], self.spare_slot, self._device)
+            for tensor, value in held:  # capturing runs it once, for nobody
+                tensor.copy_(value)
+            if len(self._judges) > MOST_JUDGES:
+                del self._judges[next(iter(self._judges))]
+        self._judges[key] = self._judges.pop(key)  # the one used last comes last
         return self._judges[key]
 
     def verdict(

@@ -25,7 +25,8 @@ EDGES = (0.0, 0.5, 0.85)
 """Temperatures above which the next class begins: greedy, cool, as chats are (0.7), and 1 or more."""
 CLASSES = len(EDGES) + 1
 _PRIORS = ((0.5, 0.9, 0.98), (0.2, 0.8, 0.97), (-0.1, 0.7, 0.96), (-0.5, 0.55, 0.95))
-# By class: intercept and slope over the log-odds, and ceiling.
+# By class, intercept and slope over the log-odds, and ceiling, as drafts stood: greedy ones of a 0.5B for
+# a 1.5B model; sampled ones of the shipped pair, and of the other by the overlap of its laws.
 _STRENGTH = 6.0  # drafts that the prior counts for, at each knot
 _MEMORY = 1 - 1 / 2000  # of the counts, when a draft is added: what is not seen again is forgotten
 _OPTIMISM = 0.3  # deviations on top of what is known: a knot is tried before it is given up

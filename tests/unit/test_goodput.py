@@ -285,6 +285,30 @@ def test_a_batch_of_several_temperatures_asks_each_rows_own_curve() -> None:
     assert table.keep_drafting(rows, signals(1, [0.9] * 3)) == [False, True, False]
 
 
+def test_an_easy_token_is_worth_less_than_the_mean_one_to_a_sampled_row() -> None:
+    table = table_of(2, loaded(draft=0.8, token=0.0))
+    state = state_of(table)
+    state.curve.chance.fill_(0.9)
+    for temperature, goes_on in ((0.0, True), (1.0, False)):
+        row = warm(sequence("goodput", name=str(temperature)), temperature)
+        table.take(row)
+        table.limits([row])
+        assert table.keep_drafting([row], signals(1, [0.9])) == [goes_on]
+
+
+def test_one_failure_says_less_of_a_sampled_row() -> None:
+    left = []
+    for temperature in (0.0, 1.0):
+        table = table_of(1, loaded())
+        row = warm(sequence("goodput"), temperature)
+        table.take(row)
+        own = state_of(table).tensors["own"][row.slot]
+        own[2] = own[3] = 0.8
+        table.observe([row], [3], [0])
+        left.append(own[2:4].tolist())
+    assert left[0] == pytest.approx([0.7, 0.7]) and left[1] == pytest.approx([0.75, 0.75])
+
+
 # ---- nothing at all
 
 
@@ -366,9 +390,9 @@ class Twins:
         found = policies()["goodput"]
         assert isinstance(found, Goodput)
         self.policy = found
-        draft = float(self.random(1))
-        self.load = loaded(rows=rows, draft=draft, token=0.02, rate=3.0 * rows, device=DEVICE)
-        self.load.draft[3:] += 0.5 * PASS * float(self.random(1))
+        draft = 0.05 + 0.3 * float(self.random(1))
+        self.load = loaded(rows=rows, draft=draft, token=0.005, rate=1.5 * rows, device=DEVICE)
+        self.load.draft[3:] += 0.3 * PASS * float(self.random(1))
         slots = torch.randperm(9, generator=self.source)[:rows].to(DEVICE)
         self.states: list[GoodputState] = []
         for _ in range(2):
@@ -377,6 +401,8 @@ class Twins:
             for slot, temperature in zip(slots.tolist(), self.heat, strict=False):
                 found.reset(state, slot, found.Options())
                 state.temperatures[slot] = temperature
+            if seed == 2:  # first tokens of little hope, by class
+                state.shared["first"].copy_(0.02 * torch.arange(CLASSES))
             state.rows, state.mine = slots, torch.arange(rows, device=DEVICE) != 3
             self.states.append(state)
 
@@ -404,11 +430,13 @@ class Twins:
 def test_the_kernels_do_as_the_reference(rows: int) -> None:
     """Whole iterations, with NaN in the rows that have stopped, and rows that another policy governs."""
     pytest.importorskip("triton")
-    rested = 0
+    rested, taught = 0, torch.zeros(CLASSES, device=DEVICE)
     for seed in range(3):
         twins = Twins(rows, seed)
         one, other = twins.states
         for iteration in range(4):
+            for state in twins.states if iteration == 2 else ():
+                state.tensors["own"][state.rows[0], 2:4] = 0.0  # one whose drafts got nothing
             limit = twins.policy.reference_limit(one)
             assert launched.limit(other).tolist() == limit.tolist(), (seed, iteration)
             twins.alike()
@@ -425,7 +453,8 @@ def test_the_kernels_do_as_the_reference(rows: int) -> None:
             twins.policy.reference_observe(Outcome(drafted, accepted), one)
             launched.observe(Outcome(drafted, accepted), other)
             twins.alike()
-    assert rested > 0
+        taught += one.shared["seen"].sum(1)
+    assert rested > 0 and taught.bool().tolist() == [True, *[rows > 1] * 3]
 
 
 @pytest.mark.parametrize("kernels", [False, True])

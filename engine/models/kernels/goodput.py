@@ -33,7 +33,7 @@ def _kind(temperatures, slot, mask, EDGES: tl.constexpr):
 def _decide(
     alive, mine, largest, step_at, slots, temperatures, logs, chance, bounds, draft_price, verify_price,
     rows_at, keep, logs_stride, chance_stride, top_m, top_tokens, n, EDGES: tl.constexpr,
-    ROWS: tl.constexpr, BOUNDS: tl.constexpr, HALF: tl.constexpr, HALVINGS: tl.constexpr,
+    EASY: tl.constexpr, ROWS: tl.constexpr, BOUNDS: tl.constexpr, HALF: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, ROWS)
     here = i < n
@@ -49,8 +49,9 @@ def _decide(
         to = place + (HALF >> halving)
         inside = to <= BOUNDS
         place = tl.where(inside & (tl.load(bounds + to - 1, inside, float("inf")) < joint), to, place)
-    chance += _kind(temperatures, slot, here, EDGES) * chance_stride
-    worth = tl.where(drew, tl.load(chance + place), float("-inf"))
+    kind = _kind(temperatures, slot, here, EDGES)
+    worth = tl.load(chance + kind * chance_stride + place) * tl.where(kind > 0, EASY, 1.0)
+    worth = tl.where(drew, worth, float("-inf"))
     count = tl.sum(drew.to(tl.int32), 0)
     tokens = tl.minimum((tl.load(rows_at) + step * count).to(tl.int32), top_tokens)
     m = _rank(worth, drew, i)
@@ -154,7 +155,7 @@ def _observe(
     logs_stride, places, n, EDGES: tl.constexpr,
     ROWS: tl.constexpr, SL: tl.constexpr, KNOTS: tl.constexpr, PLACES: tl.constexpr, FINE: tl.constexpr,
     LOW: tl.constexpr, STRENGTH: tl.constexpr, FADE: tl.constexpr, OPTIMISM: tl.constexpr,
-    MEMORY: tl.constexpr, POOLING: tl.constexpr,
+    MEMORY: tl.constexpr, CALM: tl.constexpr, POOLING: tl.constexpr,
 ):  # fmt: skip
     kind = tl.program_id(0)  # a program for each class, with the rows that are of it
     i = tl.arange(0, ROWS)
@@ -196,9 +197,10 @@ def _observe(
         tl.load(my + 3, taught, 0.0),
         tl.load(my + 4, taught, 0.0),
     )
-    tl.store(my + 2, first + MEMORY * (began - first), taught)
-    tl.store(my + 3, taken + MEMORY * (got - taken), taught)
-    tl.store(my + 4, wanted + MEMORY * (asked - wanted), taught)
+    of_newest = tl.where(kind > 0, CALM, MEMORY)
+    tl.store(my + 2, first + of_newest * (began - first), taught)
+    tl.store(my + 3, taken + of_newest * (got - taken), taught)
+    tl.store(my + 4, wanted + of_newest * (asked - wanted), taught)
     told = tl.sum(taught.to(tl.int32), 0) + i * 0
     share = (tl.sum(tl.where(taught, began, 0.0), 0) + i * 0.0) / tl.maximum(told, 1)
     pooled += kind
@@ -221,19 +223,20 @@ def decide(
     rows: Tensor,
     keep: Tensor,
     edges: tuple[float, ...],
+    easy: float,
 ) -> None:
     """Who drafts on, into keep bool[B]; the log-products of this step, into logs [slots, 64].
 
     alive, mine bool[B], largest float32[B], step int64[], slots int64[B] (each row's own, padding apart),
     temperatures float32[slots], chance and bounds as `Curve` has them, prices float32 by rows and by
-    tokens, rows float32[]. At most 64 rows.
+    tokens, rows float32[]; `easy`: what a token is worth to a sampled row. At most 64 rows.
     """
     n, size = keep.shape[0], triton.next_power_of_2(keep.shape[0])
     halvings = bounds.shape[0].bit_length()
     _decide[(1,)](
         alive.view(torch.int8), mine.view(torch.int8), largest, step, slots, temperatures, logs, chance,
         bounds, draft_price, verify_price, rows, keep.view(torch.int8), logs.stride(0), chance.stride(0),
-        draft_price.shape[0] - 1, verify_price.shape[0] - 1, n, EDGES=edges,
+        draft_price.shape[0] - 1, verify_price.shape[0] - 1, n, EDGES=edges, EASY=easy,
         ROWS=size, BOUNDS=bounds.shape[0], HALF=1 << (halvings - 1), HALVINGS=halvings,
         num_warps=1 if size < 32 else 4,
     )  # fmt: skip
@@ -282,7 +285,7 @@ def observe(
 ) -> None:
     """Learns from drafted, accepted int64[B], at most 64 rows: `own`, the curve and `pooled`, in place.
 
-    `constants`: those of the estimator, FINE, LOW, STRENGTH, FADE and OPTIMISM, and MEMORY and POOLING.
+    `constants`: those of the estimator, FINE, LOW, STRENGTH, FADE and OPTIMISM, and MEMORY, CALM, POOLING.
     """
     n = drafted.shape[0]
     kinds, places = curve.chance.shape

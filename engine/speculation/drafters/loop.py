@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Set
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from engine.speculation.noise import coupled_state, draws_state
 from engine.speculation.policy import Need, Signals
 
 MOST_ROWS = 64
+_MIXES = 16  # of policies, for which a lane keeps graphs
+_SPARE = 2 * 2**30  # bytes that warming up leaves free
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,8 @@ class DraftLoop:
         self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int, most_sl: int = MOST_SL
     ) -> None:
         """`vocab`: ids at or above it are never proposed. `blocks`, `most_sl`: the most a row may have."""
-        self._make = functools.partial(_Lane, runner, vocab, table, blocks, min(most_sl, MOST_SL))
+        pool = torch.cuda.graph_pool_handle()
+        self._make = functools.partial(_Lane, runner, vocab, table, blocks, min(most_sl, MOST_SL), pool)
         self._lanes: dict[int, _Lane] = {}
 
     @torch.inference_mode()
@@ -68,7 +71,11 @@ class DraftLoop:
     @torch.inference_mode()
     def warm(self, policies: Seq[str], rows: int) -> None:
         """Captures what drafting for `rows` rows under these policies needs."""
-        self._lane(rows).graph(tuple(sorted(policies)), rejects=False)
+        lane = self._lane(rows)
+        names = lane.table.asked(policies)
+        lane.graph(names, rejects=False)
+        if torch.cuda.mem_get_info(lane.device)[0] > _SPARE and lane.keeps():
+            lane.graph(names, rejects=True)
 
     def _lane(self, rows: int) -> _Lane:
         size = bucket(rows)
@@ -84,10 +91,18 @@ class _Lane:
     """
 
     def __init__(
-        self, runner: FusedRunner, vocab: int, table: PolicyTable, blocks: int, most_sl: int, size: int
+        self,
+        runner: FusedRunner,
+        vocab: int,
+        table: PolicyTable,
+        blocks: int,
+        most_sl: int,
+        pool: Any,
+        size: int,
     ) -> None:
-        self._runner, self._table, self._size = runner, table, size
-        self._vocab, self._most_sl = vocab, most_sl
+        self._runner, self.table, self._size = runner, table, size
+        self.device = runner.device
+        self._vocab, self._most_sl, self._pool = vocab, most_sl, pool
         self._compact = runner.kernel is not None and size <= runner.decodes
         self._chooser = Chooser(size, vocab, runner.device)
         words = decode.META + size * (2 * len(WIDE) + len(NARROW) + blocks)
@@ -123,7 +138,7 @@ class _Lane:
 
     def _step(self, names: tuple[str, ...], rejects: bool) -> None:
         """Choose, signal, ask, advance, tell the host, run the model: what a graph captures."""
-        rows, needs = self.rows, self._table.needs_of(names)
+        rows, needs = self.rows, self.table.needs_of(names)
         assert self._logits is not None
         laws = None
         if rejects:
@@ -148,7 +163,7 @@ class _Lane:
                 joint=rows["joint"],
                 hidden=self._hidden.index_select(0, rows["place"]) if "hidden" in needs else None,
             )
-            keep = self._table.decide(names, rows["slot"], rows["policy"], signals)
+            keep = self.table.decide(names, rows["slot"], rows["policy"], signals)
         advance(
             choice.token, choice.fine, keep, rows, most=decode.MOST, compact=self._compact,
             block_size=self._runner.block_size, spare_slot=self._runner.spare_slot,
@@ -181,24 +196,27 @@ class _Lane:
         """Captured at first use; run once before, with no row alive, so that all is compiled."""
         key = names, rejects
         if key not in self._graphs:
-            needs = self._table.needs_of(names)
+            needs = self.table.needs_of(names)
             if self._logits is None:
                 self._forward(needs, self._size)
             self._words.zero_()
             self._answer[1:].zero_()
-            self.rows["slot"].fill_(self._table.spare_slot)
+            self.rows["slot"].fill_(self.table.spare_slot)
             self._step(*key)
             torch.cuda.synchronize(self._runner.device)
             first, again = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(again):
+            with torch.cuda.graph(again, pool=self._pool):
                 self._step(*key)
-            with torch.cuda.graph(first):
+            with torch.cuda.graph(first, pool=self._pool):
                 if self._compact:
                     self._answer[1:].zero_()
                     self._forward(needs, self._first_most)
                 self._step(*key)
             self._graphs[key] = _Graphs(first, again)
+            if len(self._graphs) > _MIXES:
+                del self._graphs[next(iter(self._graphs))]
             self._replays = int(self.rows["progress"][0])
+        self._graphs[key] = self._graphs.pop(key)  # the one used last comes last
         return self._graphs[key]
 
     # ---- the host's part
@@ -215,7 +233,7 @@ class _Lane:
         return self._kept is not None
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
-        names = tuple(sorted({row.policy for row in rows}))
+        names = self.table.asked({row.policy for row in rows})
         graphs = self.graph(names, not all(row.coupled for row in rows))
         starts = [row.draft_kv_len for row in rows]
         lags = [row.tokens[start:] for row, start in zip(rows, starts, strict=True)]
@@ -229,7 +247,7 @@ class _Lane:
             logits = self._runner.forward(Batch.pack(chunks, self._runner.block_size))
             assert self._logits is not None
             self._logits[: len(rows)].copy_(logits)
-            if "hidden" in self._table.needs_of(names):
+            if "hidden" in self.table.needs_of(names):
                 hidden = self._runner.hidden
                 assert hidden is not None
                 self._hidden[: len(rows)].copy_(hidden)
@@ -248,7 +266,7 @@ class _Lane:
         """Everything the graph reads that the host knows. Rows beyond these are not alive."""
         to, n = self._inputs, len(rows)
         to["alive"][:n], to["alive"][n:] = 1, 0
-        to["slot"][n:] = self._table.spare_slot
+        to["slot"][n:] = self.table.spare_slot
         to["joint"][:] = 1.0
         to["meta"][:2] = 0
         to["place"][:n], to["place"][n:] = np.arange(n), 0
@@ -258,7 +276,7 @@ class _Lane:
             to["state"][i] = coupled_state(row.seed) if row.coupled else draws_state(row.seed)
             to["key"][i] = len(row.tokens) if row.coupled else row.draws
             to["generated"][i], to["limit"][i] = row.generated, min(limit, self._most_sl)
-            to["slot"][i], to["policy"][i] = row.slot, self._table.number(row.policy)
+            to["slot"][i], to["policy"][i] = row.slot, self.table.number(row.policy)
             to["temperature"][i] = row.params.temperature
             blocks = row.blocks
             to["tables"][i, : len(blocks)] = blocks

@@ -175,7 +175,7 @@ class ModelDrafter:
             joint[at] *= found["prob"]
         position = [row.generated + step - 1 for row in rows]
         return Signals(
-            step=torch.tensor(step),
+            step=torch.full((), step, device=tokens.device),
             token=tokens,
             position=torch.tensor(position, device=tokens.device),
             alive=torch.ones_like(tokens, dtype=torch.bool),

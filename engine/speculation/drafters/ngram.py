@@ -85,7 +85,7 @@ class NgramDrafter:
             return torch.tensor(values, dtype=torch.int64, device=self._device)
 
         return Signals(
-            step=torch.tensor(step),
+            step=torch.full((), step, device=self._device),
             token=ints([drafts[i].tokens[-1] for i in found]),
             position=ints([rows[i].generated + step - 1 for i in found]),
             alive=torch.ones(len(found), dtype=torch.bool, device=self._device),

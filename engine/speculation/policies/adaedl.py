@@ -19,7 +19,7 @@ class AdaEdlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`gamma` of the bound 1 - sqrt(gamma H); `threshold`: lambda at first; `max_sl`: the most to draft."""
 
     gamma: Annotated[
-        float, msgspec.Meta(gt=0, le=10, description="of 1 - sqrt(gamma H), H the draft's entropy in nats")
+        float, msgspec.Meta(ge=1e-6, le=10, description="of 1 - sqrt(gamma H), H the draft's entropy in nats")
     ] = 0.2
     threshold: Annotated[
         float, msgspec.Meta(ge=0, le=1, description="stop when the bound falls below; at first, then learned")

@@ -14,7 +14,8 @@ from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, 
 
 MOST_SL, MOST_ROWS = 64, 64
 _BLIND = 0.4  # the price of a step for one row, in tokens, while costs are unknown
-_MEMORY = 1 / 8  # of the newest draft, in what a row gets from drafting
+_MEMORY, _CALM = 1 / 8, 1 / 16  # of the newest draft, in what a row gets from drafting; where it is sampled
+_EASY = 0.8  # of a mean token: what one that a sampled draft gets right is worth
 _POOLING = 0.02  # of the newest verdicts, in what all first tokens get
 _START = 0.05  # by how much a new request is taken to gain
 _HYSTERESIS = 0.03  # tokens an iteration by which drafting must gain to be taken up, lose to be given up
@@ -85,6 +86,9 @@ class Goodput:
     Where drafting does not pay at all, nothing is drafted: each row remembers what its drafts got and
     what they asked for, and drafts only while that is more than the batch would emit in that time
     without drafts. Rows that do not draft try again together now and then, for a bounded share of the time.
+
+    Where a row samples, S counts for `_EASY` of itself: a token that the draft gets right is an easy one,
+    which the next draft would have got too, so it is worth less than the mean token that r is made of.
     """
 
     name: ClassVar[str]
@@ -156,7 +160,8 @@ class Goodput:
         before = torch.where(step > 1, logs[state.rows, step.view(1) - 2], 0.0)
         log_joint = torch.where(drew, before + signals.largest.log(), before)
         logs[state.rows, step.view(1) - 1] = log_joint
-        chance = state.curve.read(log_joint, state.kinds)
+        kinds = state.kinds
+        chance = state.curve.read(log_joint, kinds) * torch.where(kinds > 0, _EASY, 1.0)
         count = drew.sum()
         tokens = (state.load.rows + step * count).long().clamp(0, TOKENS)
         if len(drew) == 1:
@@ -182,9 +187,10 @@ class Goodput:
         state.curve.learn(state["logs"], outcome.accepted[:, None] > k, counts, kinds)
         max_sl, probe, first, taken, asked, was = state["own"].unbind(1)
         began = (outcome.accepted > 0).float()
-        first = torch.lerp(first, began, _MEMORY)
-        taken = torch.lerp(taken, outcome.accepted.float(), _MEMORY)
-        asked = torch.lerp(asked, outcome.drafted.float(), _MEMORY)
+        memory = torch.where(kinds > 0, _CALM, _MEMORY)
+        first = torch.lerp(first, began, memory)
+        taken = torch.lerp(taken, outcome.accepted.float(), memory)
+        asked = torch.lerp(asked, outcome.drafted.float(), memory)
         new = torch.stack([max_sl, probe, first, taken, asked, was], 1)
         state["own"] = torch.where(taught[:, None], new, state["own"])
         told = taught & (kinds == torch.arange(CLASSES, device=taught.device)[:, None])  # [C, B]
@@ -207,7 +213,7 @@ def _launch_decide(signals: Signals, state: GoodputState) -> Tensor:
         alive=signals.alive, mine=_mine(state), largest=signals.largest, step=signals.step,
         slots=state.rows, temperatures=state.temperatures, logs=state.tensors["logs"],
         chance=state.curve.chance, bounds=state.bounds, draft_price=state.draft_price,
-        verify_price=state.verify_price, rows=state.load.rows, keep=keep, edges=EDGES,
+        verify_price=state.verify_price, rows=state.load.rows, keep=keep, edges=EDGES, easy=_EASY,
     )  # fmt: skip
     return keep
 
@@ -234,7 +240,7 @@ def _launch_observe(outcome: Outcome, state: GoodputState) -> None:
         mine=_mine(state), slots=state.rows, temperatures=state.temperatures, drafted=outcome.drafted,
         accepted=outcome.accepted, own=state.tensors["own"], logs=state.tensors["logs"], curve=state.curve,
         pooled=state.shared["first"], edges=EDGES,
-        constants=CONSTANTS | {"MEMORY": _MEMORY, "POOLING": _POOLING},
+        constants=CONSTANTS | {"MEMORY": _MEMORY, "CALM": _CALM, "POOLING": _POOLING},
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ class SvipOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`scale` c and `threshold` h of the rule sqrt(c H) > h; `max_sl`: the most to draft."""
 
     scale: Annotated[
-        float, msgspec.Meta(gt=0, le=10, description="c in sqrt(c H), H the draft's entropy in nats")
+        float, msgspec.Meta(ge=1e-6, le=10, description="c in sqrt(c H), H the draft's entropy in nats")
     ] = 0.15
     threshold: Annotated[
         float, msgspec.Meta(ge=0, le=10, description="stop when sqrt(c H) is greater than this")
