@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -30,7 +31,8 @@ def time_per_token(timing: Timing, path: Path) -> None:
         low = [row.ms - min(row.repeats) for row in there.values()]
         high = [max(row.repeats) - row.ms for row in there.values()]
         axes.barh(places, middle, xerr=[low, high], color="#7a9cc6", ecolor="#333333")
-        axes.set_yticks(places, list(there), fontsize=8)
+        names = [textwrap.shorten(name, 34, placeholder=" ...") for name in there]
+        axes.set_yticks(places, names, fontsize=8)
         axes.invert_yaxis()
         oracle = timing.row(task, _ORACLE)
         if oracle is not None:

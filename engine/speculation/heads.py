@@ -255,7 +255,7 @@ def missing_head(equipment: Equipment, kind: Kind) -> str | None:
     """Why a policy that needs a head of this kind cannot be served, or None."""
     head = equipment.heads.get(kind)
     if head is None and equipment.hidden is None:
-        return "it is for drafts of a model, with a head trained for it"
+        return f"it is for drafts of a model, with a head of kind {kind!r} trained for it"
     if head is None:
         return f"needs a head of kind {kind!r} trained for this draft (--head PATH)"
     if head.hidden and head.hidden != equipment.hidden:
