@@ -74,7 +74,7 @@ class Costs:
 
     def cost(self, rows: int, tokens: int) -> float | None:
         """Seconds; of a size not seen: from the sizes of the nearest number of rows, linear in tokens between
-        and beyond them, and never less than that of fewer tokens. None while nothing is known."""
+        and beyond them, and never more than that of more tokens. None while nothing is known."""
         points = self._points(rows)
         if points is None:
             return None
@@ -100,12 +100,15 @@ class Costs:
         return {key: known.seconds for key, known in self._known.items()}
 
     def _points(self, rows: int) -> tuple[list[int], NDArray[np.float64], float] | None:
-        """Of the nearest number of rows: token counts, seconds that never fall, seconds a token beyond."""
+        """Of the nearest number of rows: token counts, seconds that never fall, seconds a token beyond.
+
+        No size costs more than a larger one: what is measured too high is a pause far more often than not.
+        """
         if not self._known:
             return None
         nearest = min({r for r, _ in self._known}, key=lambda r: (abs(r - _ceiling(_ROWS, rows)), r))
         sizes = sorted(t for r, t in self._known if r == nearest)
-        seconds = np.maximum.accumulate([self._known[nearest, t].seconds for t in sizes])
+        seconds = np.minimum.accumulate([self._known[nearest, t].seconds for t in sizes[::-1]])[::-1]
         slope = 0.0
         if len(sizes) > 1:
             slope = float(seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
