@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import play
 import torch
 from draft_step import ENDLESS, draft_step
 from gpu_kernels import BLOCK, device_seconds, weight_bytes
@@ -22,9 +22,8 @@ from engine.core import Engine
 from engine.models.fused import FusedRunner
 from engine.models.load import load_model, load_tokenizer
 from engine.models.runner import Batch, Chunk
-from engine.types import GenerateRequest, SamplingParams, SpeculationParams
+from engine.types import SpeculationParams
 
-_SALT = count()
 SL0 = SpeculationParams(drafter="none")
 SETTINGS: dict[str, SpeculationParams] = {
     "SL=0": SL0,
@@ -67,26 +66,9 @@ def texts(target: Path, per_category: int) -> tuple[list[Prompt], list[Encoded]]
 def generate(
     engine: Engine, rows: Seq[Encoded], tokens: int, speculation: SpeculationParams
 ) -> tuple[dict[str, list[int]], list[tuple[int, int]], float]:
-    """All rows at once: token ids by row, (drafted, emitted) of every iteration, seconds."""
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    for i, row in enumerate(rows):
-        salt = str(next(_SALT))  # no prompt is found in the prefix cache
-        request = GenerateRequest(
-            id=str(i), prompt_ids=row.ids, params=params, speculation=speculation, cache_salt=salt
-        )
-        engine.add(request)
-    found: dict[str, list[int]] = {str(i): [] for i in range(len(rows))}
-    iterations = []
-    begin = 0.0
-    while engine.has_work():
-        events = engine.step()[0]
-        begin = begin or (time.perf_counter() if events else 0.0)
-        for event in events:
-            assert event.error is None, event.error
-            found[event.id].extend(event.token_ids)
-            if event.iterations:
-                iterations.append((event.drafted, len(event.token_ids)))
-    return found, iterations, time.perf_counter() - begin
+    """All rows at once, greedy: token ids by row, (drafted, emitted) of every iteration, seconds."""
+    found, iterations, seconds = play.generate(engine, rows, tokens, speculation, 0.0)
+    return found, [each for own in iterations.values() for each in own], seconds
 
 
 def costs(engine: Engine) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from classifiers.data_files import encode, read_data
+from classifiers.pair_texts import Encoded
 from engine.core import Engine
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
 
@@ -43,7 +44,11 @@ def read_texts(
 
 
 def generate(
-    engine: Engine, texts: Seq[Text], tokens: int, speculation: SpeculationParams, temperature: float
+    engine: Engine,
+    texts: Seq[Text | Encoded],
+    tokens: int,
+    speculation: SpeculationParams,
+    temperature: float,
 ) -> tuple[dict[str, list[int]], dict[str, list[tuple[int, int]]], float]:
     """All texts at once: ids and (drafted, emitted) of each, and seconds from the first token on."""
     for i, text in enumerate(texts):

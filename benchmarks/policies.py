@@ -29,6 +29,7 @@ from play import TASKS, Text, generate, read_texts
 from rich.console import Console
 from rich.table import Table
 
+from classifiers.head_metrics import paired_ratio
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.load import load_tokenizer
@@ -129,11 +130,8 @@ def row(name: str, task: str, played: Played, texts: Seq[Text], alone: float, to
 
 def against(mine: Played, other: Played, texts: Seq[Text], draws: int = 2000) -> list[float]:
     """Speed of `mine` over that of `other`, paired by text: 2.5%, 50% and 97.5% of a bootstrap over texts."""
-    generator = np.random.default_rng(0)
     a, b = (np.array([median(p.seconds[text.name]) for text in texts]) for p in (mine, other))
-    picks = generator.integers(0, len(texts), (draws, len(texts)))
-    ratios = b[picks].sum(1) / a[picks].sum(1)
-    return [float(x) for x in np.quantile(ratios, (0.025, 0.5, 0.975))]
+    return list(paired_ratio(b, a, draws))
 
 
 def best_of(found: dict[str, Played], names: Seq[str], texts: Seq[Text], tokens: int) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from classifiers.distill.options import DistillOptions
+from classifiers.one_line import fail, one_line_errors
 
 _DEFAULT = DistillOptions(target="", out=Path())
 
@@ -95,7 +94,7 @@ def distill_draft(
         "prompts": tuple(prompts or ()),
     }
     options = DistillOptions(**{name: given[name] for name in DistillOptions.__struct_fields__})
-    with _one_line_errors():
+    with one_line_errors("--rows or --batch-tokens", "weights"):
         if not distill(options, shlex.join(["disco-serve", *sys.argv[1:]])):
             raise typer.Exit(3)
 
@@ -120,7 +119,7 @@ def bench_pair(
     from classifiers.pair import PairOptions, run
 
     given = locals() | {"prompts": tuple(prompts or ())}
-    with _one_line_errors():
+    with one_line_errors("--rows or --batch-tokens", "weights"):
         run(PairOptions(**{name: given[name] for name in PairOptions.__struct_fields__}))
 
 
@@ -128,32 +127,7 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
-        _fail(f"{name} {text!r}: numbers set apart by commas", 2)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What was asked wrongly ends with code 2, what cannot be done with 1; both with one line."""
-    import torch
-    from safetensors import SafetensorError
-
-    from engine.types import CannotLoad, RequestFailed
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        _fail(f"not enough memory; lower --rows or --batch-tokens: {error}", 1)
-    except SafetensorError as error:
-        _fail(f"a file of weights cannot be read or written: {error}", 1)
-    except (CannotLoad, RequestFailed, OSError) as error:
-        _fail(str(error), 1)
-    except ValueError as error:
-        _fail(str(error), 2)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"disco-serve: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(code)
+        fail(f"{name} {text!r}: numbers set apart by commas", 2)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classifiers.acceptance import overlap
+from classifiers.acceptance import acceptance_probability, overlap
 from classifiers.traces import Array, Branches, Steps
 from engine.models.runner import Batch, Chunk, Runner
 from engine.speculation.features import TOP, signals
@@ -138,7 +138,8 @@ class Recorder:
             row["accept"] = row["match"].astype(np.float32)
             if sampled:
                 assert p is not None
-                row["accept"] = _acceptance(p[at], q[at], drafted)
+                # the draft's token this time: min(1, p / q), so that the laws change roles
+                row["accept"] = acceptance_probability(q[at], p[at], drafted).cpu().numpy()
                 row["overlap"] = overlap(p[at], q[at]).cpu().numpy()
             row |= {name: _half(states[name], at) for name in wanted}
             yield row
@@ -248,14 +249,6 @@ def _signals(logits: Tensor, drafted: Tensor) -> dict[str, Array]:
         "entropy_top": values[:, 2],
         "top": values[:, 3:],
     }
-
-
-def _acceptance(p: Tensor, q: Tensor, drafted: Tensor) -> Array:
-    """float32[B]: min(1, p/q) of the drafted tokens."""
-    at = drafted[:, None]
-    ratio = p.float().log_softmax(-1).gather(-1, at) - q.float().log_softmax(-1).gather(-1, at)
-    found: Array = ratio.clamp(max=0).exp()[:, 0].cpu().numpy()
-    return found
 
 
 def _half(states: Tensor | None, rows: slice = slice(None)) -> Array:

@@ -24,22 +24,35 @@ class Asked:
 def write_texts(
     engine: Engine, group: Seq[Asked], tokens: int, on_tokens: Callable[[int], None] = lambda _: None
 ) -> list[Text]:
-    """At most `tokens` tokens of the target alone after every prompt, together.
+    """`write` for a recording. Raises RequestFailed."""
+    written = write(engine, [(each.ids, each.seed) for each in group], tokens, on_tokens)
+    return [
+        Text(each.ids, tokens, end, each.seed) for each, (tokens, end) in zip(group, written, strict=True)
+    ]
 
-    `on_tokens` hears how many of len(group) * `tokens` are done; a text that ends early is done. Raises
-    RequestFailed.
+
+def write(
+    engine: Engine,
+    asked: Seq[tuple[tuple[int, ...], int | None]],
+    tokens: int,
+    on_tokens: Callable[[int], None],
+) -> list[tuple[tuple[int, ...], str]]:
+    """At most `tokens` tokens of the target alone after every prompt, together, and why each ended.
+
+    `asked`: prompt ids, and the seed of a sample at temperature 1, None for greedy. `on_tokens` hears how
+    many of len(asked) * `tokens` are done; a text that ends early is done. Raises RequestFailed.
     """
-    for i, each in enumerate(group):
+    for i, (ids, seed) in enumerate(asked):
         params = SamplingParams(
-            temperature=0.0 if each.seed is None else 1.0,
-            seed=each.seed,
+            temperature=0.0 if seed is None else 1.0,
+            seed=seed,
             max_tokens=tokens,
-            sampling_method="auto" if each.seed is None else "coupled",
+            sampling_method="auto" if seed is None else "coupled",
         )
         alone = SpeculationParams(drafter="none")
-        engine.add(GenerateRequest(id=str(i), prompt_ids=each.ids, params=params, speculation=alone))
-    written: list[list[int]] = [[] for _ in group]
-    finish = [""] * len(group)
+        engine.add(GenerateRequest(id=str(i), prompt_ids=ids, params=params, speculation=alone))
+    written: list[list[int]] = [[] for _ in asked]
+    finish = [""] * len(asked)
     while engine.has_work():
         for event in engine.step()[0]:
             if event.finish_reason == "error":
@@ -48,7 +61,4 @@ def write_texts(
             written[at].extend(event.token_ids)
             finish[at] = event.finish_reason or ""
             on_tokens(len(event.token_ids) + (tokens - len(written[at]) if finish[at] else 0))
-    return [
-        Text(each.ids, tuple(text), end, each.seed)
-        for each, text, end in zip(group, written, finish, strict=True)
-    ]
+    return [(tuple(text), end) for text, end in zip(written, finish, strict=True)]

@@ -25,9 +25,9 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from classifiers.prompt_ids import TemplateRefusal, prompt_ids
 from classifiers.traces import Source
 from engine.models.references import first_line
 
@@ -138,15 +138,11 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
 
     Without a template the messages' contents are text. Raises DataError for what the template refuses.
     """
-    chat = bool(prompt.messages) and bool(tokenizer.chat_template)
     text = prompt.text or "\n\n".join(message["content"] for message in prompt.messages)
-    if chat:
-        messages = [dict(message) for message in prompt.messages]
-        try:
-            text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise DataError(f"{prompt.name}: the target's chat template refuses it: {error}") from error
-    ids = tuple(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+    try:
+        ids = prompt_ids(prompt.messages, text, tokenizer)
+    except TemplateRefusal as error:
+        raise DataError(f"{prompt.name}: the target's chat template refuses it: {error}") from error
     if not ids:
         raise DataError(f"{prompt.name}: the prompt has no tokens")
     return ids

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from classifiers import heldout
+from classifiers.collect_texts import write
 from classifiers.heldout import Prompt
+from classifiers.prompt_ids import TemplateRefusal, prompt_ids
 from engine.core import Engine
 from engine.models.references import first_line
-from engine.types import GenerateRequest, RequestFailed, SamplingParams, SpeculationParams
 
 
 class PairError(ValueError):
@@ -96,15 +96,11 @@ def encode(prompts: Seq[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Enc
 
 
 def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    chat = prompt.chat and bool(tokenizer.chat_template)
-    text = prompt.text
-    if chat:
-        message = [{"role": "user", "content": text}]
-        try:
-            text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise PairError(f"the target's chat template refuses {prompt.text!r}: {error}") from error
-    ids = tuple(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+    messages = [{"role": "user", "content": prompt.text}] if prompt.chat else []
+    try:
+        ids = prompt_ids(messages, prompt.text, tokenizer)
+    except TemplateRefusal as error:
+        raise PairError(f"the target's chat template refuses {prompt.text!r}: {error}") from error
     if not ids:
         raise PairError(f"the prompt {prompt.text!r} has no tokens")
     return ids
@@ -120,25 +116,8 @@ def write_texts(
     """
     seeds: list[int | None] = [*[None] * len(prompts), *range(seed, seed + len(prompts))]
     asked = list(zip([*prompts, *prompts], seeds, strict=True))
-    for i, (prompt, own) in enumerate(asked):
-        temperature, method = (0.0, "auto") if own is None else (1.0, "coupled")
-        params = SamplingParams(
-            temperature=temperature,
-            seed=own,
-            max_tokens=tokens,
-            sampling_method=method,  # type: ignore[arg-type]
-        )
-        alone = SpeculationParams(drafter="none")
-        engine.add(GenerateRequest(id=str(i), prompt_ids=prompt.ids, params=params, speculation=alone))
-    written: list[list[int]] = [[] for _ in asked]
-    while engine.has_work():
-        for event in engine.step()[0]:
-            if event.finish_reason == "error":
-                raise RequestFailed(event.error or "the engine gave up a prompt")
-            text = written[int(event.id)]
-            text.extend(event.token_ids)
-            on_tokens(len(event.token_ids) if event.finish_reason is None else tokens - len(text) + 1)
+    written = write(engine, [(prompt.ids, own) for prompt, own in asked], tokens, on_tokens)
     return [
-        Text(prompt.category, prompt.ids, tuple(text), own)
-        for (prompt, own), text in zip(asked, written, strict=True)
+        Text(prompt.category, prompt.ids, text, own)
+        for (prompt, own), (text, _) in zip(asked, written, strict=True)
     ]

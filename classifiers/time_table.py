@@ -70,11 +70,12 @@ def _row(times: Times, none: Times, starts: Starts, told: dict[str, Any]) -> dic
     def speedup(of: Ints | slice) -> float:
         return float(none.seconds[of].sum() / times.seconds[of].sum())
 
+    low, _, high = head_metrics.paired_ratio(none.seconds, times.seconds, DRAWS)
     return {
         **told,
         "ms_per_token": times.ms_per_token,
         "speedup": speedup(slice(None)),
-        "speedup_interval": head_metrics.ratio_interval(none.seconds, times.seconds, DRAWS, seed=0),
+        "speedup_interval": (low, high),
         "sl_mean": float(times.sl.mean()),
         "sl_sd": float(times.sl.std()),
         "acceptance": float(times.accepted.sum() / max(int(times.drafted.sum()), 1)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.finish import cut, score_output, score_prompt
+from engine.flight import Flight, event_of
 from engine.measure import measured
 from engine.models.runner import Batch, Chunk
 from engine.parts import Parts, build
@@ -24,8 +24,6 @@ from engine.speculation.memory import Memory
 from engine.speculation.policy import options_of
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
 from engine.validate import validate
-
-BAD_LOGITS = "the model gave NaN or infinite logits for this request"
 
 
 class Engine:
@@ -54,7 +52,7 @@ class Engine:
             else EngineCosts()
         )
         self._arrivals = 0
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._overlaps = device.type == "cuda"
         self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
         for name, drafter in self._parts.drafters.items():
@@ -119,22 +117,22 @@ class Engine:
         seconds = time.perf_counter() - flight.begin
         if self._overlaps and self._sequences:
             self._flight = self._begin()
-        events = [self._event(row, flight) for row in rows if row.samples or row.failed]
+        events = [event_of(row, flight) for row in rows if row.samples or row.failed]
         if self._memory is not None:
             self._memory.keep(idle=not self._sequences)
         return events, self._stats(rows, events, flight, seconds)
 
-    def _begin(self) -> _Flight:
+    def _begin(self) -> Flight:
         """Plans an iteration and queues what can be queued without an answer of the device."""
         begin = time.perf_counter()
         rows = self._scheduler.plan(self._limits)
-        flight = _Flight(rows, begin, self._begin_drafts(rows))
+        flight = Flight(rows, begin, self._begin_drafts(rows))
         if rows and not flight.drafts:
             flight.drafted = time.perf_counter()
             flight.logits = self._run_target(rows)
         return flight
 
-    def _finish(self, flight: _Flight) -> list[PlanRow]:
+    def _finish(self, flight: Flight) -> list[PlanRow]:
         """Waits for the drafts, verifies, commits: the rows, but for those that were aborted meanwhile."""
         for chosen, wait in flight.drafts:
             for row, draft in zip(chosen, wait(), strict=True):
@@ -234,7 +232,7 @@ class Engine:
                 drafted, accepted = [len(r.draft.tokens) for r in learning], [r.accepted for r in learning]
                 table.observe([row.seq for row in learning], drafted, accepted)
 
-    def _observe_costs(self, rows: list[PlanRow], flight: _Flight) -> None:
+    def _observe_costs(self, rows: list[PlanRow], flight: Flight) -> None:
         """Only of iterations without prefill: what drafting and verifying alone took, and what they gave."""
         if all(row.decodes for row in rows):
             emitted = sum(len(row.new) for row in rows)
@@ -270,29 +268,6 @@ class Engine:
         if row.finish is not None:
             self._end(seq)
 
-    def _event(self, row: PlanRow, flight: _Flight) -> TokenEvent:
-        """What a row that sampled or failed tells its request."""
-        seq = row.seq
-        if row.failed:
-            return TokenEvent(id=seq.id, finish_reason="error", error=BAD_LOGITS)
-        return TokenEvent(
-            id=seq.id,
-            token_ids=tuple(row.new),
-            logprobs=row.logprobs,
-            prompt_logprobs=tuple(seq.prompt_logprobs) if row.first and seq.prompt_logprobs else None,
-            finish_reason=row.finish,
-            stop_token_id=row.stop_token,
-            policy="none" if seq.drafter == "none" else seq.policy,
-            drafter=seq.drafter,
-            iterations=int(not row.first),
-            drafted=len(row.draft.tokens),
-            accepted=min(row.accepted, len(row.new)),
-            stop_reason=row.draft.stop_reason,
-            draft_seconds=flight.drafted - flight.begin if row.draft.tokens else 0.0,
-            verify_seconds=0.0 if row.first else flight.verified - flight.drafted,
-            cached_tokens=seq.cached_tokens if row.first else 0,
-        )
-
     def _end(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
         if seq.drafter in self._tables:
@@ -304,7 +279,7 @@ class Engine:
             self._tables[seq.drafter].put_aside(seq)
 
     def _stats(
-        self, rows: list[PlanRow], events: list[TokenEvent], flight: _Flight, seconds: float
+        self, rows: list[PlanRow], events: list[TokenEvent], flight: Flight, seconds: float
     ) -> StepStats:
         return StepStats(
             rows=len(rows),
@@ -323,18 +298,6 @@ class Engine:
             prefix_hits=self._blocks.hits,
             preemptions=self._scheduler.preemptions,
         )
-
-
-@dataclass
-class _Flight:
-    """An iteration under way. `drafts`: rows, and what waits for their chains; `logits`: the target's."""
-
-    rows: list[PlanRow]
-    begin: float  # seconds of the host's clock, as are the next two
-    drafts: list[tuple[list[PlanRow], Drafts]]
-    drafted: float = 0.0  # when the drafts were there and the target's pass was queued
-    verified: float = 0.0
-    logits: Tensor | None = None
 
 
 def _tail(row: PlanRow, count: int) -> Tensor:

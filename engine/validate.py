@@ -90,11 +90,10 @@ def _speculation(speculation: SpeculationParams, info: ModelInfo) -> None:
         if not isinstance(speculation.options, Mapping):
             raise InvalidRequest("options must be an object of names and values", "speculation.options")
         _finite(speculation.options, "speculation.options")
+    name = info.default_policy if speculation.policy is None else speculation.policy
     if speculation.policy is not None or speculation.options is not None:
-        name = info.default_policy if speculation.policy is None else speculation.policy
         options_of(name, speculation.options)
     drafter = speculation.drafter or info.default_drafter
-    name = speculation.policy or info.default_policy
     if (reason := info.refusals.get(drafter, {}).get(name)) is not None:
         raise InvalidRequest(
             f"policy {name!r} cannot govern drafter {drafter!r} here: {reason}",

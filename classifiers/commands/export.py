@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from classifiers.commands._costs import DecideUs, DraftMs, TargetMs, Verify
+
 
 def command(
     head: Annotated[Path, typer.Option(help="A trained head.")],
@@ -20,16 +22,10 @@ def command(
     costs: Annotated[
         Path | None, typer.Option(help="With --trace: costs as JSON, or a benchmark's JSON that has them.")
     ] = None,
-    draft_ms: Annotated[
-        float | None, typer.Option(help="Instead of --costs: milliseconds of a draft step.")
-    ] = None,
-    target_ms: Annotated[float | None, typer.Option(help="Of a target pass over one token.")] = None,
-    verify: Annotated[
-        str | None, typer.Option(help="Of target passes over more tokens, TOKENS:MS,...; default: the same.")
-    ] = None,
-    decide_us: Annotated[
-        float, typer.Option(help="Microseconds that asking a policy adds to a draft step.")
-    ] = 0.0,
+    draft_ms: DraftMs = None,
+    target_ms: TargetMs = None,
+    verify: Verify = None,
+    decide_us: DecideUs = 0.0,
 ) -> None:
     """Put a head where it is served from, with its scores; or tune it for another machine's costs."""
     from classifiers.export import ExportOptions, export

@@ -7,23 +7,17 @@ from typing import Annotated
 
 import typer
 
+from classifiers.commands._costs import CostsFile, DecideUs, DraftMs, TargetMs, Verify
+
 
 def command(
     trace: Annotated[list[Path], typer.Option(help="Directory of a trace. Repeatable.")],
     out: Annotated[Path, typer.Option(help="File for the figures as JSON.")],
-    costs: Annotated[
-        Path | None, typer.Option(help="Costs as JSON, or a benchmark's JSON that has them.")
-    ] = None,
-    draft_ms: Annotated[
-        float | None, typer.Option(help="Instead of --costs: milliseconds of a draft step.")
-    ] = None,
-    target_ms: Annotated[float | None, typer.Option(help="Of a target pass over one token.")] = None,
-    verify: Annotated[
-        str | None, typer.Option(help="Of target passes over more tokens, TOKENS:MS,...; default: the same.")
-    ] = None,
-    decide_us: Annotated[
-        float, typer.Option(help="Microseconds that asking a policy adds to a draft step.")
-    ] = 0.0,
+    costs: CostsFile = None,
+    draft_ms: DraftMs = None,
+    target_ms: TargetMs = None,
+    verify: Verify = None,
+    decide_us: DecideUs = 0.0,
     policy: Annotated[
         list[str] | None,
         typer.Option(help="NAME or NAME:JSON of its options. Repeatable; default: every policy."),

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from classifiers.commands._costs import CostsFile, DecideUs, DraftMs, TargetMs, Verify
+
 
 def command(
     trace: Annotated[list[Path], typer.Option(help="Directory of a trace of the pair. Repeatable.")],
@@ -15,19 +17,11 @@ def command(
         Path,
         typer.Option(help="Directory of the head, KIND.json and KIND.safetensors; a killed run goes on."),
     ],
-    costs: Annotated[
-        Path | None, typer.Option(help="Costs as JSON, or a benchmark's JSON that has them.")
-    ] = None,
-    draft_ms: Annotated[
-        float | None, typer.Option(help="Instead of --costs: milliseconds of a draft step.")
-    ] = None,
-    target_ms: Annotated[float | None, typer.Option(help="Of a target pass over one token.")] = None,
-    verify: Annotated[
-        str | None, typer.Option(help="Of target passes over more tokens, TOKENS:MS,...; default: the same.")
-    ] = None,
-    decide_us: Annotated[
-        float, typer.Option(help="Microseconds that asking a policy adds to a draft step.")
-    ] = 0.0,
+    costs: CostsFile = None,
+    draft_ms: DraftMs = None,
+    target_ms: TargetMs = None,
+    verify: Verify = None,
+    decide_us: DecideUs = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same head.")] = 0,
     widths: Annotated[
         str | None, typer.Option(help="Hidden widths to try, W,W,...; default: 16,32,64 (c2t: 48).")

@@ -26,7 +26,7 @@ _LONGEST = (1, 8, 32)
 """Few sizes, since a capture takes a tenth of a second; but attention splits the context by the rows that
 a graph is made for, and few rows need it split."""
 
-_SPARE = 2 * 2**30  # bytes that capturing ahead leaves free
+SPARE = 2 * 2**30  # bytes that capturing ahead leaves free
 log = logging.getLogger(__name__)
 
 Pass = Callable[[Tensor, Tensor, Tensor, Places], tuple[Tensor, Tensor]]
@@ -65,7 +65,7 @@ class PassGraphs:
         least = 0
         for most in _LONGEST:
             for size in (size for size in _ROWS if size < 2 * rows and least < longest):
-                if torch.cuda.mem_get_info(self._device)[0] < _SPARE:
+                if torch.cuda.mem_get_info(self._device)[0] < SPARE:
                     log.warning("little memory is left: graphs are captured when they are first needed")
                     return
                 for tokens in _TOKENS:

@@ -90,11 +90,11 @@ class PolicyTable:
     def limits(self, rows: Seq[Sequence]) -> list[int]:
         """What each row's policy wants to draft at most. Read back only where it may have changed."""
         told = self._told()
-        unknown = [
-            row for row in rows if row.slot not in self._limits or (self.learns(row) and row.slot not in told)
-        ]
-        if unknown and told:  # those who share must see all rows at once
-            unknown = [row for row in rows if self.learns(row) or row.slot not in self._limits]
+        learning = [row for row in rows if self.learns(row)]
+        if any(row.slot not in told for row in learning):  # those who share must see all rows at once
+            told = set()
+        unknown = [row for row in learning if row.slot not in told]
+        unknown += [row for row in rows if not self.learns(row) and row.slot not in self._limits]
         if unknown:
             answers = [(state.mine, policy.limit(state)) for policy, state in self._in_use(unknown)]
             merged = _merge(answers[0][1], answers[1:])
@@ -155,10 +155,8 @@ class PolicyTable:
         """Captures on a GPU what telling up to `rows` rows of the policy needs, under default options."""
         found = self._policies.get(policy)
         if self._captures and found is not None and found.learns(options_of(policy, {})):
-            size = 1
-            while size <= min(rows, MOST_JUDGED):
+            for size in powers_of_two(min(rows, MOST_JUDGED)):
                 self.judge((policy,), size)
-                size *= 2
 
     def needs_of(self, names: Seq[str]) -> frozenset[Need]:
         """The signals that these policies read."""
@@ -230,6 +228,11 @@ class PolicyTable:
 
     def _numbers_of(self, rows: Seq[Sequence]) -> Tensor:
         return torch.tensor([self._numbers[row.policy] for row in rows], device=self._device)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`: the numbers of rows that are captured ahead."""
+    return [1 << n for n in range(most.bit_length())]
 
 
 def _merge(first: Tensor, answers: Seq[tuple[Tensor | None, Tensor]]) -> Tensor:

@@ -28,7 +28,7 @@ class DeviceVerifier:
 
     def verify(self, rows: Seq[Sequence], drafts: Seq[RowDraft], starts: Seq[int], logits: Tensor) -> Verdict:
         """Row i has those positions of `logits` [M, V] from starts[i] on, one more than it has drafts."""
-        verdict = Verdict([0] * len(rows), [0] * len(rows), [False] * len(rows))
+        verdict = Verdict.of(len(rows))
         coupled = [i for i, row in enumerate(rows) if row.coupled]
         rejecting = [i for i, row in enumerate(rows) if not row.coupled]
         if coupled:

@@ -9,6 +9,7 @@ reset when another request takes the slot and never leaks from request to reques
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -114,40 +115,47 @@ class State:
 
 
 class StopPolicy(Protocol):
-    """One stop policy. Stateless itself: all memory is in `State`."""
+    """One stop policy. Stateless itself: all memory is in `State`.
+
+    A policy inherits what it does not say: it needs no equipment, learns nothing, shares nothing, and
+    drafts on up to its limit.
+    """
 
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]]
     needs: ClassVar[frozenset[Need]]  # empty: keep_drafting is not asked, `limit` alone decides
-    shares: ClassVar[bool]  # whether a row's answers may depend on other rows, or on earlier requests
+    shares: ClassVar[bool] = False  # whether a row's answers may depend on other rows, or on earlier requests
 
     def missing(self, equipment: Equipment) -> str | None:
         """Why an engine with this equipment cannot serve the policy, or None."""
-        ...
+        return None
 
+    @abstractmethod
     def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         """State for `slots` rows, for an engine that has what is needed."""
         ...
 
     def learns(self, options: Any) -> bool:
         """Whether `observe` changes anything; if not, it is not called and `limit` is constant."""
-        ...
+        return False
 
+    @abstractmethod
     def reset(self, state: State, slot: int, options: Any) -> None:
         """A new request with these options (an instance of `Options`) takes the slot."""
         ...
 
+    @abstractmethod
     def limit(self, state: State) -> Tensor:
         """int64[B]: the most to draft in this iteration; 0 drafts nothing."""
         ...
 
     def keep_drafting(self, signals: Signals, state: State) -> Tensor:
         """bool[B]: draft one more after this token? Decided on the device."""
-        ...
+        return torch.ones_like(signals.alive)
 
     def observe(self, outcome: Outcome, state: State) -> None:
         """Labels for free: learn from the verdict. Rows with drafted == 0 teach nothing."""
-        ...
+        return None
 
 
 _REGISTRY: dict[str, StopPolicy] = {}

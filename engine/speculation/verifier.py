@@ -41,7 +41,7 @@ class Verifier:
         starts = [0, *accumulate(len(draft.tokens) + 1 for draft in drafts)]
         easy = [i for i, row in enumerate(rows) if plain(row) and not drafts[i].laws]
         hard = [i for i in range(len(rows)) if i not in set(easy)]
-        verdict = Verdict([0] * len(rows), [0] * len(rows), [False] * len(rows))
+        verdict = Verdict.of(len(rows))
         if easy:
             mine = [rows[i] for i in easy], [drafts[i] for i in easy], [starts[i] for i in easy]
             verdict.fill(easy, self._on_device.verify(*mine, logits))
@@ -58,7 +58,7 @@ class Verifier:
         ]
         scaled = scaled_logits(logits, places, self._eos_ids)
         bad: list[bool] = (~scaled.amax(-1).isfinite()).tolist()  # NaN wins amax
-        verdict = Verdict([0] * len(rows), [0] * len(rows), [False] * len(rows))
+        verdict = Verdict.of(len(rows))
         coupled: list[int] = []
         rejection: list[int] = []
         starts: list[int] = []

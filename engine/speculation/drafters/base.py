@@ -44,6 +44,11 @@ class Verdict:
     next_token: list[int]
     failed: list[bool]
 
+    @classmethod
+    def of(cls, rows: int) -> Verdict:
+        """To be filled: nothing stands yet."""
+        return cls([0] * rows, [0] * rows, [False] * rows)
+
     def fill(self, rows: Seq[int], of: Verdict) -> None:
         """Takes over what was found of these rows."""
         for i, accepted, token, failed in zip(rows, of.accepted, of.next_token, of.failed, strict=True):

@@ -16,7 +16,7 @@ from engine.kv.blocks import BlockManager
 from engine.models.runner import Batch, Chunk, Runner
 from engine.sampling import Place, scaled_logits
 from engine.sequence import Sequence
-from engine.speculation.control import PolicyTable
+from engine.speculation.control import PolicyTable, powers_of_two
 from engine.speculation.drafters.base import Drafts, RowDraft
 from engine.speculation.features import signals
 from engine.speculation.noise import GumbelNoise, RandomSource
@@ -77,10 +77,9 @@ class ModelDrafter:
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
         """Compiles and captures on a GPU what drafting for up to `rows` rows under the policy needs."""
         loop = self._device_loop(table)
-        size = 1
-        while loop is not None and size <= min(rows, 64):
-            loop.warm([policy], size)
-            size *= 2
+        if loop is not None:
+            for size in powers_of_two(min(rows, 64)):
+                loop.warm([policy], size)
 
     def _device_loop(self, table: PolicyTable) -> DraftLoop | None:
         """None where the runner has no kernels: the host drafts step by step."""

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, StopPolicy, register
 
 _TARGET = 0.9  # acceptance rate that the threshold steers to
 _MEMORY = 0.5  # of the acceptance rate, an iteration
@@ -28,7 +28,7 @@ class AdaEdlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("adaedl")
-class AdaEdl:
+class AdaEdl(StopPolicy):
     """Stops when 1 - sqrt(gamma H) < lambda; the token that the law of entropy H gave is kept.
 
     After every iteration that drafted: AR <- .5 AR + .5 accepted/drafted, from 0. lambda' is
@@ -41,10 +41,6 @@ class AdaEdl:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = AdaEdlOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"entropy"})
-    shares: ClassVar[bool] = False
-
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
 
     def learns(self, options: Any) -> bool:
         return True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.speculation.load import ROWS, TOKENS, Load
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Outcome, State, StopPolicy, register
 
 ARMS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 BINS = (1, 2, 4, 8, 16, 32, ROWS)  # the most rows of each
@@ -37,7 +37,7 @@ class BanditOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("bandit")
-class Bandit:
+class Bandit(StopPolicy):
     """Takes the SL of the greatest upper confidence bound on tokens per second, at this batch size.
 
     An arm is an SL, 0 among them; bins of batch size (1, 2, 3-4, ... 33-64 decoding rows) learn apart,
@@ -61,9 +61,6 @@ class Bandit:
     needs: ClassVar[frozenset[Need]] = frozenset()
     shares: ClassVar[bool] = True  # learns over all requests
 
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
-
     def learns(self, options: Any) -> bool:
         return True
 
@@ -82,9 +79,6 @@ class Bandit:
         best = _index(state, known[0]).argmax(1)  # the shortest on a tie
         state["bin"], state["last"] = at.expand_as(best), best
         return state.arms[best]
-
-    def keep_drafting(self, signals: Signals, state: State) -> Tensor:
-        return torch.ones_like(signals.alive)
 
     def observe(self, outcome: Outcome, state: State) -> None:
         """Told of every row of the batch; what is shared is of its own alone."""

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, StopPolicy, register
 
 _SIGNALS = ("token", "top", "joint")
 _MOST = 64  # tokens of a draft
@@ -37,7 +37,7 @@ class ConfidenceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 @register("confidence")
-class Confidence:
+class Confidence(StopPolicy):
     """Drafts on while the signal is at least the threshold; the token that fell below is kept.
 
     With `online` the threshold follows verdicts as in transformers: of the ROC curve over pairs of
@@ -49,10 +49,6 @@ class Confidence:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = ConfidenceOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"prob", "largest", "joint"})
-    shares: ClassVar[bool] = False
-
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
 
     def learns(self, options: Any) -> bool:
         return bool(options.online)

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Signals, State, StopPolicy, register
 
 _MOST = 64  # the last step that there can be
 _STEP = msgspec.Meta(ge=1, le=_MOST)
@@ -35,7 +35,7 @@ class DddOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("ddd")
-class Ddd:
+class Ddd(StopPolicy):
     """Stops at a check where the logsumexp of the beam's log-probabilities is below the threshold.
 
     A chain's beam is one: that is the log of the draft's joint probability. Between checks it
@@ -46,13 +46,6 @@ class Ddd:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = DddOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"joint"})
-    shares: ClassVar[bool] = False
-
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
-
-    def learns(self, options: Any) -> bool:
-        return False
 
     def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         """`least` [slots, step]: the joint probability that this step asks for; -1 where none is checked."""
@@ -71,6 +64,3 @@ class Ddd:
         assert signals.joint is not None
         step = signals.step.clamp(max=_MOST)[None]
         return signals.joint >= state.tensors["least"][state.rows, step]
-
-    def observe(self, outcome: Outcome, state: State) -> None:
-        return None

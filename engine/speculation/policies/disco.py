@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.speculation.heads import HeadState, missing_head
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Signals, State, StopPolicy, register
 from engine.speculation.scoring import inputs_of, score
 
 
@@ -28,7 +28,7 @@ class DiscoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("disco")
-class Disco:
+class Disco(StopPolicy):
     """Drafts on while C = FFN(top-10 probabilities, entropy, position) is at least `tau`.
 
     As the paper has it; but C is calibrated, so that `tau` is a probability.
@@ -37,13 +37,9 @@ class Disco:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = DiscoOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"top", "entropy"})
-    shares: ClassVar[bool] = False
 
     def missing(self, equipment: Equipment) -> str | None:
         return missing_head(equipment, "disco")
-
-    def learns(self, options: Any) -> bool:
-        return False
 
     def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         least = torch.zeros(slots, dtype=torch.float32, device=device)
@@ -63,6 +59,3 @@ class Disco:
     def keep_drafting(self, signals: Signals, state: State) -> Tensor:
         assert isinstance(state, HeadState)
         return score(state.weights, inputs_of(signals, state.head.inputs)) >= state["least"]
-
-    def observe(self, outcome: Outcome, state: State) -> None:
-        return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.speculation.estimator import CLASSES, CONSTANTS, EDGES, Curve, classes
 from engine.speculation.load import TOKENS, Load
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, StopPolicy, register
 
 MOST_SL, MOST_ROWS = 64, 64
 _BLIND = 0.4  # the price of a step for one row, in tokens, while costs are unknown
@@ -74,7 +74,7 @@ class GoodputState(State):
 
 
 @register("goodput")
-class Goodput:
+class Goodput(StopPolicy):
     """Tokens per second of the whole batch, decided at every draft step.
 
     S_i is the probability that row i's drafted tokens and the next one are all accepted, r the tokens
@@ -95,9 +95,6 @@ class Goodput:
     Options: ClassVar[type[msgspec.Struct]] = GoodputOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"largest"})
     shares: ClassVar[bool] = True
-
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
 
     def learns(self, options: Any) -> bool:
         return True

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Outcome, State, StopPolicy, register
 
 _SL = msgspec.Meta(ge=1, le=64)
 
@@ -21,16 +21,12 @@ class HeuristicOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("heuristic")
-class Heuristic:
+class Heuristic(StopPolicy):
     """SL grows by 2 after an iteration whose drafts were all accepted, else shrinks by 1, at least 1."""
 
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = HeuristicOptions
     needs: ClassVar[frozenset[Need]] = frozenset()
-    shares: ClassVar[bool] = False
-
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
 
     def learns(self, options: Any) -> bool:
         return True
@@ -44,9 +40,6 @@ class Heuristic:
 
     def limit(self, state: State) -> Tensor:
         return state["sl"]
-
-    def keep_drafting(self, signals: Signals, state: State) -> Tensor:
-        return torch.ones_like(signals.alive)
 
     def observe(self, outcome: Outcome, state: State) -> None:
         sl = state["sl"]

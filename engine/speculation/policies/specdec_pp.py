@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.speculation.heads import HeadState, missing_head
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Signals, State, StopPolicy, register
 from engine.speculation.scoring import score
 
 
@@ -27,7 +27,7 @@ class SpecDecPPOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("specdec_pp")
-class SpecDecPP:
+class SpecDecPP(StopPolicy):
     """Drafts on while 1 - prod(p_acc) is at most `h`; p_acc comes from the draft's hidden state.
 
     The paper's head judges Y_i by the state after feeding Y_i. The state at step t is the one that Y_t
@@ -39,13 +39,9 @@ class SpecDecPP:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = SpecDecPPOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"hidden"})
-    shares: ClassVar[bool] = False
 
     def missing(self, equipment: Equipment) -> str | None:
         return missing_head(equipment, "specdec_pp")
-
-    def learns(self, options: Any) -> bool:
-        return False
 
     def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         reals = torch.zeros(2, slots, dtype=torch.float32, device=device)
@@ -84,6 +80,3 @@ class SpecDecPP:
         # A row that does not draft keeps what it has: its signals mean nothing.
         state["product"] = torch.where(signals.alive, product, state["product"])
         return (1 - product <= state["h"]) | (signals.step < state["min_sl"])
-
-    def observe(self, outcome: Outcome, state: State) -> None:
-        return None

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, State, StopPolicy, register
 
 
 class StaticOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -20,19 +20,12 @@ class StaticOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("static")
-class Static:
+class Static(StopPolicy):
     """Drafts `sl` tokens, always."""
 
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = StaticOptions
     needs: ClassVar[frozenset[Need]] = frozenset()
-    shares: ClassVar[bool] = False
-
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
-
-    def learns(self, options: Any) -> bool:
-        return False
 
     def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         return State({"sl": torch.zeros(slots, dtype=torch.int64, device=device)})
@@ -42,9 +35,3 @@ class Static:
 
     def limit(self, state: State) -> Tensor:
         return state["sl"]
-
-    def keep_drafting(self, signals: Signals, state: State) -> Tensor:
-        return torch.ones_like(signals.alive)
-
-    def observe(self, outcome: Outcome, state: State) -> None:
-        return None

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Signals, State, StopPolicy, register
 
 
 class SvipOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,7 +24,7 @@ class SvipOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("svip")
-class Svip:
+class Svip(StopPolicy):
     """Stops when sqrt(c H) > h, H the entropy of the law that the token came from; that token is kept.
 
     sqrt(c H) bounds the chance of a rejection, as the paper approximates it from the draft alone. The
@@ -34,13 +34,6 @@ class Svip:
     name: ClassVar[str]
     Options: ClassVar[type[msgspec.Struct]] = SvipOptions
     needs: ClassVar[frozenset[Need]] = frozenset({"entropy"})
-    shares: ClassVar[bool] = False
-
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
-
-    def learns(self, options: Any) -> bool:
-        return False
 
     def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         most = torch.zeros(slots, dtype=torch.float32, device=device)
@@ -57,6 +50,3 @@ class Svip:
     def keep_drafting(self, signals: Signals, state: State) -> Tensor:
         assert signals.entropy is not None
         return signals.entropy <= state["most"]
-
-    def observe(self, outcome: Outcome, state: State) -> None:
-        return None

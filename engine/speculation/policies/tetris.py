@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.speculation.policy import Equipment, Need, Outcome, Signals, State, register
+from engine.speculation.policy import Equipment, Need, Signals, State, StopPolicy, register
 
 _PRIOR, _WEIGHT = 0.8, 2.0  # what a row's acceptance is taken for before it drafts, as so many tokens
 _NEVER = -1e4  # a log-probability below that of any draft
@@ -31,7 +31,7 @@ class TetrisOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @register("tetris")
-class Tetris:
+class Tetris(StopPolicy):
     """Rows that draft together share as many tokens as they brought, by probability of the prefix.
 
     The paper drafts K tokens for every row, sorts all (row, position) pairs by the product of their
@@ -60,12 +60,6 @@ class Tetris:
     needs: ClassVar[frozenset[Need]] = frozenset({"largest"})
     shares: ClassVar[bool] = True  # a row's answer depends on those that draft beside it
 
-    def missing(self, equipment: Equipment) -> str | None:
-        return None
-
-    def learns(self, options: Any) -> bool:
-        return False
-
     def allocate(self, slots: int, device: torch.device, equipment: Equipment) -> State:
         return _TetrisState(slots, device)
 
@@ -89,9 +83,6 @@ class Tetris:
         state.tensors["own"][:, 2:][state.rows] = torch.stack([score, left.expand_as(score)], dim=1)
         size = len(score)
         return _before(score, signals.step, max_sl, state.ties[:size, :size]) < left
-
-    def observe(self, outcome: Outcome, state: State) -> None:
-        return None
 
 
 class _TetrisState(State):
