@@ -21,10 +21,10 @@ CPU_TORCH := torch==2.13.0
 CPU_TRITON := triton==3.7.1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint lossless bench bench-gpu models clean
+.PHONY: help serve test lint lossless structured test-clients test-suites bench bench-gpu bench-policies models clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: $(STAMPS)/installed models ## Serve the default model: HOST, PORT, ARGS="--draft self:6 ..."
 	$(BIN)/disco-serve serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -35,6 +35,15 @@ test: $(STAMPS)/dev models ## Run the tests (ARGS are pytest's)
 lossless: $(STAMPS)/dev models ## Run every losslessness test, and the full identity run (hours on 2 cores)
 	$(BIN)/python -m pytest tests/lossless
 	$(BIN)/python tests/lossless/acceptance.py $(ARGS)
+
+structured: $(STAMPS)/dev models ## Check 200 random JSON schemas, with and without speculation
+	$(BIN)/python tests/lossless/structured.py $(ARGS)
+
+test-clients: $(STAMPS)/installed models ## Run other people's clients against a live server (PyPI, npm)
+	$(BIN)/python tests/clients/run.py $(ARGS)
+
+test-suites: $(STAMPS)/installed models ## Run lm-eval, guidellm, aiperf and schemathesis against a live server
+	$(BIN)/python tests/suites/run.py $(ARGS)
 
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.constraints import constraint_of
 from engine.finish import cut, score_output, score_prompt
 from engine.flight import Flight, event_of
 from engine.measure import measured
@@ -74,6 +75,9 @@ class Engine:
         options = options_of(policy, default if asked.options is None else asked.options)
         if asked.options is not None and drafter in self._tables:
             self._tables[drafter].check(policy, options)
+        constraint = constraint_of(
+            params, self._parts.grammars, self.info.eos_token_ids, self.info.vocab_size
+        )
         seq = Sequence(
             request=request,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
@@ -85,7 +89,11 @@ class Engine:
             options=options,
             max_sl=self.info.max_sl if asked.max_sl is None else asked.max_sl,
             order=self._arrivals,
+            constraint=constraint,
         )
+        if constraint is not None and constraint.at(seq, ()).state == "stuck":
+            param = "grammar" if params.grammar is not None else "allowed_token_ids"
+            raise InvalidRequest(constraint.failure, param)
         self._arrivals += 1
         self._sequences[request.id] = seq
         self._scheduler.add(seq)
@@ -138,6 +146,8 @@ class Engine:
             for row, draft in zip(chosen, wait(), strict=True):
                 draft.stop_reason = draft.stop_reason or row.sl_reason
                 row.draft = draft
+                if row.seq.constraint is not None:
+                    row.seq.constraint.trim(row.seq, draft)
         rows = [row for row in flight.rows if row.seq.status == "running"]
         if rows:
             if flight.logits is None:
@@ -260,6 +270,8 @@ class Engine:
         seq.tokens.extend(row.new)
         if seq.counts is not None:
             seq.counts.add(row.new)
+        if seq.constraint is not None and row.finish is None:
+            seq.constraint.commit(row.new)
         done = min(seq.kv_len, len(seq.tokens))
         self._blocks.commit(seq.table, seq.tokens, done)
         self._blocks.commit_draft(seq.table, min(seq.draft_kv_len, done))

@@ -12,16 +12,24 @@ from engine.types import FinishReason, TokenLogprob
 
 
 def cut(row: PlanRow, eos_ids: Seq[int]) -> tuple[list[int], FinishReason | None, int | None]:
-    """The row's new tokens, up to EOS, a stop id or max_tokens; why it ends, and the id that ended it."""
+    """The row's new tokens, up to EOS, a stop id, max_tokens or the grammar's end; why it ends, and the
+    id that ended it. "error": its masks leave no token to go on with.
+    """
     if not row.samples:
         return [], None, None
-    params = row.seq.params
+    params, constraint = row.seq.params, row.seq.constraint
     tokens = [*row.draft.tokens[: row.accepted], row.next_token]
     room = params.max_tokens - row.seq.generated
     ends = {*params.stop_token_ids} if params.ignore_eos else {*params.stop_token_ids, *eos_ids}
-    for k, token in enumerate(tokens[:room]):
-        if token in ends:
-            return tokens[: k + 1], "stop", token
+    for k in range(min(len(tokens), room) + 1):
+        if constraint is not None:
+            state = constraint.at(row.seq, tokens[:k]).state
+            if state == "over":
+                return tokens[:k], "stop", None
+            if state != "open" and k < room:
+                return tokens[:k], "error", None
+        if k < min(len(tokens), room) and tokens[k] in ends:
+            return tokens[: k + 1], "stop", tokens[k]
     return tokens[:room], "length" if len(tokens) >= room else None, None
 
 

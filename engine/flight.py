@@ -37,6 +37,7 @@ def event_of(row: PlanRow, flight: Flight) -> TokenEvent:
         prompt_logprobs=tuple(seq.prompt_logprobs) if row.first and seq.prompt_logprobs else None,
         finish_reason=row.finish,
         stop_token_id=row.stop_token,
+        error=seq.constraint.failure if row.finish == "error" and seq.constraint is not None else None,
         policy="none" if seq.drafter == "none" else seq.policy,
         drafter=seq.drafter,
         iterations=int(not row.first),

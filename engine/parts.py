@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.config import EngineConfig
+from engine.grammar import Grammars, vocabulary
 from engine.kv.blocks import BlockManager
 from engine.kv.pool import LayerShape, bytes_per_block
 from engine.models import fingerprint, load
@@ -47,6 +48,7 @@ class Parts:
     info: ModelInfo
     token_budget: int
     equipment: dict[str, Equipment]  # of policies, by drafter
+    grammars: Grammars | None = None  # None: no structured output
     pair: dict[str, str] = field(default_factory=dict)  # fingerprints of target and draft
 
 
@@ -91,6 +93,10 @@ def build(config: EngineConfig) -> Parts:
         heads=heads,
     )
     parts.pair = pair
+    try:
+        parts.grammars = Grammars(vocabulary(tokenizer, vocab), eos_ids)
+    except ValueError as error:
+        log.warning("no structured output: %s", error)
     return parts
 
 

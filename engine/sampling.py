@@ -1,7 +1,8 @@
 """From raw logits to the law p (and the draft's q): one function for target and draft alike.
 
-Order: repetition, frequency and presence penalties, logit_bias, min_tokens, temperature, top_k,
-top_p, min_p. Penalties and min_tokens depend on the tokens drafted before the position as well.
+Order: repetition, frequency and presence penalties, logit_bias, the masks (min_tokens,
+allowed_token_ids, bad_words, grammar), temperature, top_k, top_p, min_p. Penalties and masks depend
+on the tokens drafted before the position as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.constraints import tokens_allowed
 from engine.sequence import Sequence, TokenCounts
 from engine.types import SamplingParams
 
@@ -26,10 +28,15 @@ class Place:
     drafted: list[int]
 
 
-def scaled_logits(logits: Tensor, places: Seq[Place], eos_ids: Seq[int]) -> Tensor:
+def scaled_logits(
+    logits: Tensor, places: Seq[Place], eos_ids: Seq[int], *, drafting: bool = False, masks: bool = True
+) -> Tensor:
     """float[M, V] whose softmax is the law at each place; -inf where the law is 0.
 
-    Greedy rows keep their adjusted logits unscaled and unfiltered: only their argmax matters.
+    Greedy rows keep their adjusted logits unscaled and unfiltered: only their argmax matters. Where a
+    request's masks leave nothing, there is no law: nobody asks for it when verifying, and the masks are
+    left out; all is -inf when `drafting`, so that no draft goes on there.
+    Without `masks` only min_tokens' is applied: a draft may propose what it likes.
     `logits` [M, V] is not changed. The result is float32, or float64 for float64 logits.
     """
     out = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -38,6 +45,10 @@ def scaled_logits(logits: Tensor, places: Seq[Place], eos_ids: Seq[int]) -> Tens
         out = out.clone() if out is logits else out
         for i in adjusted:
             _adjust(out[i], places[i], eos_ids)
+    masked = [i for i, place in enumerate(places) if masks and place.seq.constraint is not None]
+    if masked:
+        out = out.clone() if out is logits else out
+        _mask(out, masked, places, drafting)
     params = [place.seq.params for place in places]
     if all(p.temperature == 0 for p in params):
         return out
@@ -52,17 +63,17 @@ def scaled_logits(logits: Tensor, places: Seq[Place], eos_ids: Seq[int]) -> Tens
 
 
 def unadjusted(seq: Sequence) -> bool:
-    """Whether the law is softmax(logits / temperature) or the argmax, but for what filters cut."""
+    """Whether the law is softmax(logits / temperature) or the argmax, but for what filters and masks cut."""
     params = seq.params
     adjusted = _penalised(params) or bool(params.logit_bias) or seq.generated < params.min_tokens
     return not adjusted and not 0 < params.temperature < _TINY
 
 
 def plain(seq: Sequence) -> bool:
-    """Whether it is that without filters."""
+    """Whether it is that without filters and masks."""
     params = seq.params
     filtered = params.temperature > 0 and (params.top_k or params.top_p < 1 or params.min_p)
-    return unadjusted(seq) and not filtered
+    return unadjusted(seq) and not filtered and seq.constraint is None
 
 
 def _penalised(params: SamplingParams) -> bool:
@@ -93,6 +104,24 @@ def _adjust(row: Tensor, place: Place, eos_ids: Seq[int]) -> None:
         row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
     if seq.generated + len(place.drafted) < params.min_tokens:
         row[[*eos_ids, *params.stop_token_ids]] = float("-inf")
+
+
+def _mask(out: Tensor, masked: Seq[int], places: Seq[Place], drafting: bool) -> None:
+    """Masks of grammars and token lists, in place on float[M, V]."""
+    at, words = [], []
+    for i in masked:
+        constraint = places[i].seq.constraint
+        assert constraint is not None
+        outlook = constraint.at(places[i].seq, places[i].drafted)
+        if outlook.state == "open" or drafting:
+            at.append(i)
+            words.append(outlook.words if outlook.state == "open" else constraint.nothing)
+    if at:
+        allowed = tokens_allowed(words, out.shape[1], out.device)
+        if len(at) == len(out):
+            out.masked_fill_(~allowed, float("-inf"))
+        else:
+            out[at] = out[at].masked_fill_(~allowed, float("-inf"))
 
 
 def _filter(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:

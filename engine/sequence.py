@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.constraints import Constraint
 from engine.kv.blocks import BlockTable
 from engine.speculation.ngrams import NgramIndex
 from engine.types import GenerateRequest, SamplingParams, TokenLogprob
@@ -45,6 +46,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     ngrams: NgramIndex | None = None
     counts: TokenCounts | None = None  # kept only for penalties
+    constraint: Constraint | None = None  # grammar, allowed_token_ids, bad_words
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)

@@ -34,10 +34,26 @@ class RequestFailed(RuntimeError):
     """The engine gave up this one request (NaN logits, a fault in a step); others go on."""
 
 
+class CompiledGrammar(msgspec.Struct, frozen=True):
+    """A grammar compiled for the target's tokenizer: what the whole output must match.
+
+    `key`: sha256 of the grammar's kind and text; the engine caches by it. `data`: xgrammar's
+    serialized compiled grammar, JSON in UTF-8.
+    """
+
+    key: str
+    data: bytes
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the target's logits become the law p, and when a sequence ends.
 
-    Order of application: penalties, logit_bias, min_tokens mask, temperature, top_k, top_p, min_p.
+    Order of application: penalties, logit_bias, the masks (min_tokens, allowed_token_ids, bad_words,
+    grammar), temperature, top_k, top_p, min_p. `allowed_token_ids` None allows all; it may leave out
+    EOS. No sequence of `bad_words` is ever completed within the output. A `grammar` holds for the
+    whole output. Once nothing but EOS may follow, the output ends with "stop", whatever min_tokens
+    and ignore_eos say; the latter forbids EOS where the grammar could go on. Where the masks leave no
+    token and the grammar is not complete, the request fails.
     `temperature` 0 is greedy. `top_k` 0 keeps every token. `seed` None draws a fresh one.
     `logprobs` k asks for the target's log-softmax (of the raw logits) of the chosen token and of
     the k most likely ones; None for none; `prompt_logprobs` likewise for the prompt's tokens.
@@ -59,6 +75,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: CompiledGrammar | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     sampling_method: SamplingMethod = "auto"
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from engine.speculation.policy import options_of
 from engine.types import (
+    CompiledGrammar,
     GenerateRequest,
     InvalidRequest,
     ModelInfo,
@@ -17,6 +18,7 @@ from engine.types import (
 )
 
 _MAX_LOGPROBS = 20
+_MAX_BAD_WORDS = 1024  # sequences of tokens
 
 
 def validate(request: GenerateRequest, info: ModelInfo) -> None:
@@ -60,10 +62,39 @@ def _sampling(params: SamplingParams, info: ModelInfo) -> None:
     for param in ("logprobs", "prompt_logprobs"):
         if (count := getattr(params, param)) is not None:
             _integer(count, param, 0, _MAX_LOGPROBS)
+    _constraints(params, info)
     if params.sampling_method not in get_args(SamplingMethod):
         known = ", ".join(get_args(SamplingMethod))
         raise InvalidRequest(
             f"unknown sampling_method {params.sampling_method!r}; known: {known}", "sampling_method"
+        )
+
+
+def _constraints(params: SamplingParams, info: ModelInfo) -> None:
+    """Grammar, allowed_token_ids and bad_words, and that they leave something to begin with."""
+    grammar, allowed = params.grammar, params.allowed_token_ids
+    if grammar is not None and not isinstance(grammar, CompiledGrammar):
+        raise InvalidRequest(f"grammar must be a compiled one, not {type(grammar).__name__}", "grammar")
+    if allowed is not None:
+        if not allowed:
+            raise InvalidRequest("allowed_token_ids must not be empty", "allowed_token_ids")
+        _token_ids(allowed, "allowed_token_ids", info.vocab_size)
+    if len(params.bad_words) > _MAX_BAD_WORDS:
+        raise InvalidRequest(
+            f"bad_words has {len(params.bad_words)} entries, at most {_MAX_BAD_WORDS} are taken", "bad_words"
+        )
+    if any(not word for word in params.bad_words):
+        raise InvalidRequest("bad_words: a word must have at least one token", "bad_words")
+    _token_ids(tuple(token for word in params.bad_words for token in word), "bad_words", info.vocab_size)
+    never = {word[0] for word in params.bad_words if len(word) == 1}
+    if len(never) >= info.vocab_size if allowed is None else never.issuperset(allowed):
+        param = "bad_words" if allowed is None else "allowed_token_ids"
+        raise InvalidRequest(f"{param}: bad_words forbid every token that is allowed", param)
+    ends = {*info.eos_token_ids, *params.stop_token_ids}
+    if allowed is not None and params.min_tokens > 0 and {*allowed} - never <= ends:
+        raise InvalidRequest(
+            "allowed_token_ids allows nothing but ends (EOS, stop_token_ids), which min_tokens forbids",
+            "allowed_token_ids",
         )
 
 

@@ -17,11 +17,13 @@ from engine.types import EngineUnavailable
 from server import errors, openapi
 from server.auth import KeyAuth
 from server.context import Context
+from server.grammar import GrammarCompiler
+from server.head import HeadAsGet
 from server.logprobs import TokenTable, fast_tokenizer
 from server.logs import RequestContext
 from server.metrics import Metrics
 from server.render import Renderer
-from server.routes import chat, completions, models, ops
+from server.routes import chat, completions, models, ops, responses, tokens
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,14 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
         engine=engine,
         tokenizer=fast_tokenizer(tokenizer),
         table=TokenTable(tokenizer),
-        renderer=Renderer(tokenizer),
+        renderer=Renderer(tokenizer, settings.tool_format),
         metrics=Metrics(),
+        grammars=GrammarCompiler(
+            tokenizer,
+            seconds=settings.grammar_seconds,
+            max_bytes=settings.max_grammar_bytes,
+            vocab_size=lambda: engine.info.vocab_size,
+        ),
     )
     context.metrics.watch(engine)
 
@@ -53,15 +61,16 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
             await asyncio.gather(loading, return_exceptions=True)
             await engine.close()
             context.renderer.close()
+            context.grammars.close()
 
     app = FastAPI(
         title="disco-serve", version=ops.product_version(), lifespan=lifespan, redirect_slashes=False
     )
     app.state.context = context
-    for router in (completions.router, chat.router, models.router, ops.router):
-        app.include_router(router)
+    for routes in (completions, chat, responses, tokens, models, ops):
+        app.include_router(routes.router)
     errors.install(app)
-    openapi.install(app)
+    openapi.install(app, model=settings.served_model_name[0], keys=bool(settings.api_key))
     _add_layers(app, context)
     return app
 
@@ -80,14 +89,15 @@ async def _load(context: Context) -> None:
 
 
 def _add_layers(app: FastAPI, context: Context) -> None:
-    """Inner ones first: keys, then CORS (preflights carry no key), then ids, errors and logs."""
+    """Inner ones first: HEAD, keys, then CORS (preflights carry no key), then ids, errors and logs."""
     settings = context.settings
+    app.add_middleware(HeadAsGet)
     app.add_middleware(KeyAuth, keys=[key.get_secret_value() for key in settings.api_key])
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )

@@ -56,6 +56,9 @@ _SERVER_FLAGS = (
     "prefix_cache",
     "cors_origins",
     "max_body_bytes",
+    "tool_format",
+    "grammar_seconds",
+    "max_grammar_bytes",
     "shutdown_seconds",
 )
 

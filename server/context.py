@@ -10,12 +10,14 @@ from fastapi import Request
 from tokenizers import Tokenizer
 
 from engine.client import EngineClient
-from engine.types import EngineUnavailable, ModelInfo
+from engine.types import CompiledGrammar, EngineUnavailable, ModelInfo
 from server.detokenize import TextStream
 from server.errors import ApiError, unavailable
+from server.grammar import GrammarCompiler
 from server.logprobs import TokenTable
 from server.metrics import Metrics
 from server.protocol.common import GenerationBody
+from server.protocol.fields import word_tokens
 from server.render import Renderer
 from server.settings import Settings
 
@@ -30,12 +32,13 @@ class Context:
     table: TokenTable
     renderer: Renderer
     metrics: Metrics
+    grammars: GrammarCompiler
     loading_error: Exception | None = None
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError 404 for a model that is not served here."""
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a model that is not served here; None is the first name's."""
         names = self.settings.served_model_name
-        if name not in names:
+        if name is not None and name not in names:
             message = f"the model '{name}' is not served here; served: {', '.join(names)}"
             raise ApiError(404, message, "model", "model_not_found")
 
@@ -51,6 +54,17 @@ class Context:
             return self.engine.info
         except EngineUnavailable:
             return None
+
+    async def grammar(self, body: GenerationBody) -> CompiledGrammar | None:
+        """What the answer to `body` must match; None: anything. Raises InvalidRequest."""
+        structure = body.structure()
+        return None if structure is None else await self.grammars.compile(structure)
+
+    def bad_words(self, body: GenerationBody) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that the answer to `body` must not complete. Raises InvalidRequest."""
+        return word_tokens(
+            body.bad_words, lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
+        )
 
     def text_stream(self, body: GenerationBody, continues: Sequence[int]) -> TextStream:
         """Reads the answer to `body` as text that continues the tokens `continues`."""

@@ -83,6 +83,7 @@ def flag(name: str) -> str:
 
 
 def _problem(location: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")  # pydantic's, of our own validators
     if not location:
         return message
     name = str(location[0])

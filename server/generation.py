@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ from server.detokenize import TextStream
 from server.metrics import Metrics
 from server.render import Prompt
 from server.statistics import Speculated, total, usage
+from server.turn import Delta, TurnReader
 
-Ending = Literal["stop", "length"]
+Ending = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Piece:
 
     choice: Choice
     text: str
+    delta: Delta  # the same text as a chat's client is told of it
     token_ids: list[int]
     logprobs: list[TokenLogprob]  # one per token id if the request asks for them, else empty
     offsets: list[int]  # where each token begins in the choice's text
@@ -34,12 +37,24 @@ class Piece:
 
 
 class Choice:
-    """One sequence: its request, and what has come of it so far."""
+    """One sequence: its request, and what has come of it so far.
+
+    `turn` reads the text as a chat's answer; tokens in `hidden` have no text.
+    """
 
     def __init__(
-        self, index: int, request: GenerateRequest, prompt: Prompt, stream: TextStream, include_stop: bool
+        self,
+        index: int,
+        request: GenerateRequest,
+        prompt: Prompt,
+        stream: TextStream,
+        include_stop: bool,
+        turn: TurnReader | None = None,
+        hidden: Collection[int] = (),
     ) -> None:
         self.index, self.request, self.prompt = index, request, prompt
+        self.turn = TurnReader() if turn is None else turn
+        self._hidden = hidden
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
@@ -64,6 +79,12 @@ class Choice:
     def shown_tokens(self) -> int:
         """Tokens in the pieces so far; all that count once it is finished."""
         return self._shown_tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of the tokens shown are reasoning; they come first."""
+        end = self.turn.reasoning_end
+        return self._shown_tokens if end is None else min(bisect_left(self.offsets, end), self._shown_tokens)
 
     def take(self, event: TokenEvent) -> Piece | None:
         """Takes one event in; None if it gives nothing to show yet.
@@ -93,7 +114,8 @@ class Choice:
         last = len(event.token_ids) - 1
         for i, token_id in enumerate(event.token_ids):
             ends = event.stop_token_id is not None and i == last
-            if self._stream.push(token_id, silent=ends and not self._include_stop):
+            silent = (ends and not self._include_stop) or token_id in self._hidden
+            if self._stream.push(token_id, silent=silent):
                 return
 
     def _piece(self) -> Piece | None:
@@ -101,9 +123,14 @@ class Choice:
         first_token, last_token = self._shown_tokens, self._stream.safe_tokens
         if self.finish_reason is None and start == end and first_token == last_token and self._begun:
             return None
+        text = self.text[start:end]
+        delta = self.turn.push(text, final=self.finish_reason is not None)
+        if self.finish_reason == "stop" and self.turn.called:
+            self.finish_reason = "tool_calls"
         piece = Piece(
             choice=self,
-            text=self.text[start:end],
+            text=text,
+            delta=delta,
             token_ids=self.token_ids[first_token:last_token],
             logprobs=self.logprobs[first_token:last_token],
             offsets=self.offsets[first_token:last_token],
@@ -139,7 +166,11 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     prompts = sum(len(choice.prompt.ids) for choice in by_prompt.values())
     cached = sum(choice.cached_tokens for choice in by_prompt.values())
     tokens = sum(choice.shown_tokens for choice in choices)
-    return usage(prompts, cached, tokens, total(choice.speculated for choice in choices))
+    told = usage(prompts, cached, tokens, total(choice.speculated for choice in choices))
+    if any(choice.prompt.place is not None for choice in choices):
+        reasoning = sum(choice.reasoning_tokens for choice in choices)
+        told["completion_tokens_details"]["reasoning_tokens"] = reasoning
+    return told
 
 
 async def check_all(engine: EngineClient, requests: Sequence[GenerateRequest]) -> None:
@@ -181,7 +212,7 @@ async def _run(
     metrics.prompt_tokens.inc(len(choice.prompt.ids))
     try:
         last = await _follow(engine, choice, metrics, pieces)
-        outcome = str(last.finish_reason)
+        outcome = "stop" if last.finish_reason == "tool_calls" else str(last.finish_reason)
         pieces.put_nowait(last)
     except Exception as error:  # handed to `generate`, which raises it where the answer is made
         outcome = "error"

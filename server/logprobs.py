@@ -38,6 +38,7 @@ class TokenTable:
         self._byte_level = isinstance(inner.decoder, ByteLevel)
         self._byte_fallback = "ByteFallback" in repr(inner.decoder)
         self._byte_of = _bytes_of_characters()
+        self._keys: dict[int, str] = {}  # of the ids asked for: scoring asks for the same ones over and over
 
     def bytes(self, token_id: int) -> bytes:
         """The bytes that the token stands for; none for an id that the tokenizer does not have."""
@@ -58,6 +59,10 @@ class TokenTable:
 
     def key(self, token_id: int) -> str:
         """The token as OpenAI's completions name it: text, or `bytes:\\xe2\\x82` for half a character."""
+        known = self._keys.get(token_id)
+        return self._keys.setdefault(token_id, self._key(token_id)) if known is None else known
+
+    def _key(self, token_id: int) -> str:
         raw = self.bytes(token_id)
         try:
             return raw.decode("utf-8")
@@ -74,36 +79,73 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 def completion_logprobs(
-    table: TokenTable, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], offsets: Sequence[int]
+    table: TokenTable,
+    ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    offsets: Sequence[int],
+    *,
+    top: int | None = None,
+    as_ids: bool = False,
 ) -> dict[str, Any]:
     """The shape of /v1/completions. The token itself is always among its `top_logprobs`.
 
     `logprobs[i]` is None for the first token of a prompt. `offsets` in characters of the choice's text.
+    `top`: how many of the likely tokens to tell, if not all. `as_ids`: name tokens by their ids.
     """
+    name = token_id_name if as_ids else table.key
     tops: list[dict[str, float] | None] = []
     for logprob in logprobs:
         if logprob is None:
             tops.append(None)
             continue
-        top = {table.key(token): max(value, UNLIKELY) for token, value in logprob.top}
-        tops.append(top | {table.key(logprob.token_id): max(logprob.logprob, UNLIKELY)})
+        likely = {name(token): max(value, UNLIKELY) for token, value in logprob.top[:top]}
+        tops.append(likely | {name(logprob.token_id): max(logprob.logprob, UNLIKELY)})
     return {
-        "tokens": [table.key(token_id) for token_id in ids],
+        "tokens": [name(token_id) for token_id in ids],
         "token_logprobs": [None if lp is None else max(lp.logprob, UNLIKELY) for lp in logprobs],
         "top_logprobs": tops,
         "text_offset": list(offsets),
     }
 
 
-def chat_logprobs(table: TokenTable, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """The shape of /v1/chat/completions."""
-    return {"content": [_chat_token(table, logprob) for logprob in logprobs], "refusal": None}
+def token_id_name(token_id: int) -> str:
+    """A token as vLLM's `return_tokens_as_token_ids` names it."""
+    return f"token_id:{token_id}"
 
 
-def _chat_token(table: TokenTable, logprob: TokenLogprob) -> dict[str, Any]:
+def prompt_logprobs(
+    table: TokenTable, logprobs: Sequence[TokenLogprob | None], top: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's `prompt_logprobs`: for each token of the prompt, by token id, its own and the `top` likeliest.
+
+    `rank` counts from 1; it is null for a token that is not among the likeliest. The first is None.
+    """
+    return [None if logprob is None else _ranked(table, logprob, top) for logprob in logprobs]
+
+
+def _ranked(table: TokenTable, logprob: TokenLogprob, top: int) -> dict[str, dict[str, Any]]:
+    def entry(token_id: int, value: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": max(value, UNLIKELY), "rank": rank, "decoded_token": table.text(token_id)}
+
+    likely = {
+        str(token): entry(token, value, rank) for rank, (token, value) in enumerate(logprob.top[:top], 1)
+    }
+    own = str(logprob.token_id)
+    return {own: likely.pop(own, None) or entry(logprob.token_id, logprob.logprob, None)} | likely
+
+
+def chat_logprobs(
+    table: TokenTable, logprobs: Sequence[TokenLogprob], *, as_ids: bool = False
+) -> dict[str, Any]:
+    """The shape of /v1/chat/completions. `as_ids`: name tokens by their ids."""
+    return {"content": [_chat_token(table, logprob, as_ids) for logprob in logprobs], "refusal": None}
+
+
+def _chat_token(table: TokenTable, logprob: TokenLogprob, as_ids: bool) -> dict[str, Any]:
     def entry(token_id: int, value: float) -> dict[str, Any]:
         raw = table.bytes(token_id)
-        return {"token": table.text(token_id), "logprob": max(value, UNLIKELY), "bytes": list(raw)}
+        name = token_id_name(token_id) if as_ids else table.text(token_id)
+        return {"token": name, "logprob": max(value, UNLIKELY), "bytes": list(raw)}
 
     top = [entry(token_id, value) for token_id, value in logprob.top]
     return {**entry(logprob.token_id, logprob.logprob), "top_logprobs": top}

@@ -8,43 +8,53 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from engine.types import InvalidRequest, ModelInfo
+from server.chat_template import ChatTemplate
 from server.protocol.chat import ChatBody
+from server.reasoning import Place, place_after, place_within, thinks
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the text that they were made of (None if the client sent ids)."""
+    """Token ids, and the text that they were made of (None if the client sent ids).
+
+    `place`: of a chat whose template has think tags, where in them the answer begins.
+    """
 
     ids: tuple[int, ...]
     text: str | None
+    place: Place | None = None
 
 
 class Renderer:
     """Encodes on a thread of its own: a long prompt must not hold up the streams of others."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tool_format: str = "auto") -> None:
+        """`tool_format`: a name of `server.tools`, or auto. Raises ValueError for an unknown one."""
         self._tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, tool_format)
         self._longest = max(len(token.encode()) for token in tokenizer.get_vocab())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    async def prompts(self, items: Sequence[str | list[int]], context: int) -> list[Prompt]:
-        """Prompts of a completion: strings get the special tokens that the tokenizer adds by itself.
+    async def prompts(
+        self, items: Sequence[str | list[int]], context: int, *, special: bool = True
+    ) -> list[Prompt]:
+        """Prompts of a completion: strings get the special tokens that the tokenizer adds by itself,
+        unless `special` is False.
 
         Raises InvalidRequest for a text that cannot fit `context` tokens, without encoding it.
         """
         for item in items:
             if isinstance(item, str):
                 self._check_length(item, context, "prompt")
-        return await self._run(lambda: [self._prompt(item) for item in items])
+        return await self._run(lambda: [self._prompt(item, special) for item in items])
 
     async def chat(self, body: ChatBody, context: int) -> Prompt:
         """Messages through the model's chat template. Raises InvalidRequest with the template's message,
@@ -62,33 +72,20 @@ class Renderer:
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _prompt(self, item: str | list[int]) -> Prompt:
+    def _prompt(self, item: str | list[int], special: bool) -> Prompt:
         if isinstance(item, str):
-            return Prompt(self._encode(item, special=True), item)
+            return Prompt(self._encode(item, special=special), item)
         return Prompt(tuple(item), None)
 
     def _chat(self, body: ChatBody, context: int) -> Prompt:
-        if not self._tokenizer.chat_template:
-            message = "the model has no chat template; use /v1/completions"
-            raise InvalidRequest(message, "messages", "no_chat_template")
-        if body.add_generation_prompt is None:
-            answer_next = not body.continue_final_message
-        else:
-            answer_next = body.add_generation_prompt
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [message.for_template() for message in body.messages],
-                tokenize=False,
-                add_generation_prompt=answer_next,
-                continue_final_message=body.continue_final_message,
-            )
-        # a template runs on what the client sent: what it trips over is the client's
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            message = f"the chat template refuses these messages: {error}"
-            raise InvalidRequest(message, "messages", "chat_template_error") from error
-        self._check_length(str(text), context, "messages")
+        text = self.template.render(body)
+        self._check_length(text, context, "messages")
+        place = None
+        if thinks(self.template.text):
+            going_on = body.continue_final_message
+            place = place_within(body.messages[-1].text) if going_on else place_after(text)
         # the template writes BOS and the like itself
-        return Prompt(self._encode(str(text), special=False), None)
+        return Prompt(self._encode(text, special=False), None, place)
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.config import DType, EngineConfig, Quantization, RunnerKind
+from server import tools
 
 
 def _listed(value: Any) -> Any:
@@ -53,6 +54,13 @@ class Settings(BaseSettings):
     served_model_name: Strings = Field([], description="names that requests may use; default: the target")
     cors_origins: Strings = Field([], description="browser origins allowed; default: none")
     max_body_bytes: int = Field(8 * 2**20, ge=1, description="largest request body in bytes")
+    tool_format: str = Field(
+        "auto", min_length=1, description="how the model writes tool calls; auto: found by its chat template"
+    )
+    grammar_seconds: float = Field(
+        10.0, gt=0, description="time that compiling one grammar or JSON schema may take"
+    )
+    max_grammar_bytes: int = Field(65536, ge=1, description="largest grammar or JSON schema in bytes")
     shutdown_seconds: float = Field(30.0, ge=0, description="time that open streams get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -76,6 +84,14 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     trust_remote_code: bool = Field(False, description="run code that comes with a model")
+
+    @field_validator("tool_format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        known = ("auto", *tools.names())
+        if name not in known:
+            raise ValueError(f"unknown tool format '{name}'; known are {', '.join(known)}")
+        return name
 
     @model_validator(mode="before")
     @classmethod

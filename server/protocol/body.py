@@ -108,6 +108,8 @@ def _readable(error: ValidationError) -> InvalidRequest:
             return InvalidRequest(f"unknown field '{param}'", param, "unknown_field")
         case "missing":
             return InvalidRequest(f"the field '{param}' is required", param, "missing_field")
+        case "model_type" | "dict_type":
+            return InvalidRequest(f"'{param}' must be an object", param, "invalid_value")
         case _ if isinstance(cause, InvalidRequest):
             inner = cause.param.split(".") if cause.param else []  # as the nested object names it
             return InvalidRequest(cause.message, _path((*first["loc"], *inner)) or None, cause.code)
@@ -118,5 +120,8 @@ def _readable(error: ValidationError) -> InvalidRequest:
 def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:  # a nested object's own path may begin with an index
+            path += part if part.startswith("[") else f".{part}"
     return path.removeprefix(".")

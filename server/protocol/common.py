@@ -6,91 +6,49 @@ import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 
-from engine.types import InvalidRequest, SamplingParams, SpeculationParams
+from engine.types import CompiledGrammar, InvalidRequest, SamplingParams, SpeculationParams
+from server.grammar import Structure
+from server.protocol.base import Body
+from server.protocol.fields import INT64, MAX_WORDS, LogitBias, Only, Stops, TokenId, Word
+from server.protocol.structured import StructuredOutputs
+
+__all__ = ["MAX_SEQUENCES", "Body", "GenerationBody", "Speculation", "StreamOptions", "choice_seed"]
 
 MAX_SEQUENCES = 2048
 """The most sequences that one request may ask for: prompts times choices."""
 
-_INT64 = 2**63
-
-
-class Body(BaseModel):
-    """A JSON object of the API. Unknown names are refused; null means the field's default.
-
-    `unsupported` maps the name of an OpenAI field that is refused to the reason.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    unsupported: ClassVar[Mapping[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls_and_refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name in cls.unsupported.keys() & data.keys():
-            if data[name] is not None:
-                message = f"'{name}' is not supported: {cls.unsupported[name]}"
-                raise InvalidRequest(message, name, "unsupported_field")
-        nullable = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        nullable |= cls.unsupported.keys()
-        return {name: value for name, value in data.items() if value is not None or name not in nullable}
-
-
-def _stops(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise InvalidRequest("'stop' must be a string or a list of strings")
-    if len(stops) > 4:
-        raise InvalidRequest(f"'stop' has {len(stops)} strings; at most 4 are allowed")
-    if "" in stops:
-        raise InvalidRequest("'stop' must not hold an empty string")
-    return stops
-
-
-def _bias(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise InvalidRequest("'logit_bias' must be an object of token ids and numbers")
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and str(int(key[:20])) == key):
-            raise InvalidRequest(f"'logit_bias': {key!r} is not a token id", code="invalid_token_id")
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise InvalidRequest(f"'logit_bias': the bias of token {key} must be a number from -100 to 100")
-    return {int(key): float(bias) for key, bias in value.items()}
-
-
-_STOP_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4},
-    ]
-}
-_BIAS_SCHEMA = {
-    "type": "object",
-    "propertyNames": {"pattern": "^[0-9]+$"},
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-}
-
-Stops = Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)]
-LogitBias = Annotated[dict[int, float], BeforeValidator(_bias), WithJsonSchema(_BIAS_SCHEMA)]
+_OLD = "use 'structured_outputs', which took its place"
+_NOT_STORED = "answers are not stored"
+_ONE_TIER = "there is one tier of service"
+_BEAMS = "the server samples; it has no beam search"
 
 
 class StreamOptions(Body):
-    """`include_usage`: a last chunk with usage. `continuous_usage_stats`: running usage on every chunk."""
+    """What a stream tells besides its text."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool = Field(
+        False, description="a last chunk with `usage` and no choices; `usage` is null in the others"
+    )
+    continuous_usage_stats: bool = Field(False, description="vLLM's: every chunk has the usage so far")
+    include_obfuscation: Annotated[bool, Only(False, why="chunks are not padded")] = Field(
+        False, description="OpenAI's; only false: chunks are not padded"
+    )
 
 
 class Speculation(Body):
-    """Who proposes and who stops, for this request. The engine knows the names and options."""
+    """Who proposes and who stops, for this request; `GET /v1/policies` lists the names and options."""
 
-    drafter: str | None = None
-    policy: str | None = None
-    options: dict[str, Any] | None = None
-    max_sl: int | None = Field(default=None, ge=0, lt=_INT64)
+    drafter: str | None = Field(default=None, description="who drafts; default: the server's")
+    policy: str | None = Field(default=None, description="who decides when to stop; default: the server's")
+    options: dict[str, Any] | None = Field(default=None, description="options of that policy")
+    max_sl: int | None = Field(
+        default=None,
+        ge=0,
+        lt=INT64,
+        description="the most draft tokens of one iteration; at most the server's",
+    )
 
     def params(self) -> SpeculationParams:
         return SpeculationParams(
@@ -99,41 +57,112 @@ class Speculation(Body):
 
 
 class GenerationBody(Body):
-    """The fields that both ways to generate share. Bounds are OpenAI's where OpenAI has the field."""
+    """The fields that all ways to generate share. Bounds are OpenAI's where OpenAI has the field."""
 
-    model: str
-    n: int = Field(1, ge=1, le=128)
-    stop: Stops = []
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    unsupported: ClassVar[Mapping[str, str]] = {
+        **{f"guided_{name}": _OLD for name in ("json", "regex", "choice", "grammar", "json_object")},
+        "guided_decoding_backend": _OLD,
+        "guided_whitespace_pattern": _OLD,
+        "truncate_prompt_tokens": "a prompt is never cut",
+        "logits_processors": "no code comes with a request",
+        "prompt_embeds": "prompts are text or token ids",
+        "kv_transfer_params": "there is one engine, which keeps its KV to itself",
+        "vllm_xargs": "it has no meaning here",
+        "request_id": "send it as the header 'x-request-id'",
+    }
 
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int = Field(0, ge=-1, lt=_INT64, description="0 and -1 keep every token")
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0)
-    logit_bias: LogitBias = {}
-    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    sampling_method: Literal["auto", "coupled", "rejection"] = "auto"
+    model: str = Field(description="a name that `GET /v1/models` lists; the answer's `model` is the same")
+    n: int = Field(1, ge=1, le=128, description="choices for each prompt")
+    stop: Stops = Field(
+        [], description="up to 4 strings that end the text; they are not part of it unless asked for"
+    )
+    stream: bool = Field(False, description="send tokens as they come, as server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="only with `stream`")
+    user: str | None = Field(None, description="accepted; changes nothing")
+    safety_identifier: str | None = Field(None, description="OpenAI's; accepted; changes nothing")
+    prompt_cache_key: str | None = Field(
+        None, description="OpenAI's; accepted; changes nothing: prefixes are found by their tokens"
+    )
+    metadata: dict[str, str] | None = Field(
+        None, max_length=16, description="OpenAI's; accepted; changes nothing"
+    )
+    store: Annotated[bool, Only(False, why=_NOT_STORED)] = Field(
+        False, description="OpenAI's; only false: answers are not stored"
+    )
+    service_tier: Annotated[str, Only("auto", "default", why=_ONE_TIER)] = Field(
+        "auto", description="OpenAI's; changes nothing: there is one tier"
+    )
 
-    min_tokens: int = Field(0, ge=0, lt=_INT64)
-    ignore_eos: bool = False
-    stop_token_ids: list[int] = []
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    return_token_ids: bool = False
+    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
+    top_p: float = Field(1.0, ge=0, le=1, description="keep the likeliest tokens up to this mass")
+    top_k: int = Field(0, ge=-1, lt=INT64, description="vLLM's: keep so many; 0 and -1 keep every token")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="vLLM's: keep tokens of at least this share of the best"
+    )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="off tokens that the answer has")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="off tokens, for each time it has them")
+    repetition_penalty: float = Field(
+        1.0, ge=1e-3, le=10, description="vLLM's: divides the logits of tokens in prompt or answer; 1: none"
+    )
+    length_penalty: Annotated[float, Only(1.0, why=_BEAMS)] = Field(
+        1.0, description="vLLM's; only 1: there is no beam search"
+    )
+    use_beam_search: Annotated[bool, Only(False, why=_BEAMS)] = Field(False, description="vLLM's; only false")
+    logit_bias: LogitBias = Field({}, description="by token id: added to the logit, -100 to 100")
+    seed: int | None = Field(
+        None, ge=-INT64, lt=INT64, description="the same seed gives the same text, whatever is drafted"
+    )
+    sampling_method: Literal["auto", "coupled", "rejection"] = Field(
+        "auto", description="ours: how drafts are verified; auto: coupled with a seed, else rejection"
+    )
 
-    priority: int = Field(0, ge=-_INT64, lt=_INT64, description="lower runs first")
-    cache_salt: str = ""
-    speculation: Speculation = Speculation()
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="vLLM's: what the whole answer must look like"
+    )
+    allowed_token_ids: list[TokenId] | None = Field(
+        None, min_length=1, description="vLLM's: no other token may come, EOS neither unless it is listed"
+    )
+    bad_words: list[Word] = Field(
+        [],
+        max_length=MAX_WORDS,
+        description="vLLM's: strings whose tokens never come in a row, nor those of the string after a space",
+    )
+    min_tokens: int = Field(0, ge=0, lt=INT64, description="vLLM's: no EOS and no stop before so many")
+    ignore_eos: bool = Field(False, description="vLLM's: EOS does not end the answer")
+    stop_token_ids: list[TokenId] = Field([], description="vLLM's: tokens that end the answer, as EOS does")
+    include_stop_str_in_output: bool = Field(
+        False, description="vLLM's: keep the stop string, or token, in the text"
+    )
+    skip_special_tokens: bool = Field(True, description="vLLM's: leave special tokens out of the text")
+    spaces_between_special_tokens: bool = Field(
+        True, description="vLLM's; changes nothing: fast tokenizers put none"
+    )
+    return_token_ids: bool = Field(
+        False, description="vLLM's: `token_ids` of choices and `prompt_token_ids` in the answer"
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="vLLM's: in logprobs a token's name is `token_id:` and its id"
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="vLLM's: for each token of the prompt its log-probability, and that of so many others; "
+        "not with `stream`",
+    )
+
+    priority: int = Field(0, ge=-INT64, lt=INT64, description="vLLM's: lower runs first")
+    cache_salt: str = Field(
+        "", description="vLLM's: prefixes are shared only among requests of the same salt"
+    )
+    speculation: Speculation = Field(Speculation(), description="ours: who drafts and who stops")
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> GenerationBody:
+    def _stream_fits(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("'stream_options' is allowed only with 'stream': true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("'prompt_logprobs' is not allowed with 'stream': true", "prompt_logprobs")
         return self
 
     @property
@@ -144,10 +173,22 @@ class GenerationBody(Body):
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
+    def structure(self) -> Structure | None:
+        """What the answer must look like; None: anything goes. Raises InvalidRequest."""
+        return None if self.structured_outputs is None else self.structured_outputs.structure()
+
     def sampling(
-        self, *, choice: int, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        *,
+        choice: int,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        grammar: CompiledGrammar | None = None,
+        bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> SamplingParams:
-        """Sampling of choice number `choice` of one prompt."""
+        """Sampling of choice `choice` of a prompt; `Context` makes `grammar` and `bad_words` of the body."""
+        allowed = self.allowed_token_ids
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -163,7 +204,10 @@ class GenerationBody(Body):
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids),
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
+            grammar=grammar,
+            allowed_token_ids=None if allowed is None else tuple(allowed),
+            bad_words=bad_words,
             sampling_method=self.sampling_method,
         )
 

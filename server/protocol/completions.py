@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from engine.types import InvalidRequest
+from server.grammar import Structure
+from server.protocol.base import integral
 from server.protocol.common import MAX_SEQUENCES, GenerationBody
+from server.protocol.fields import INT64, Only
+from server.protocol.response_format import ResponseFormat
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
+
+
+def _whole_numbers(value: Any) -> Any:
+    """1.0 is the integer 1, in a list and in its lists. What holds no such number is not copied."""
+    if not isinstance(value, list) or set(map(type, value)) <= {int, str}:
+        return value
+    return [_integers(item) if isinstance(item, list) else integral(item) for item in value]
+
+
+def _integers(row: list[Any]) -> list[Any]:
+    return row if set(map(type, row)) <= {int} else [integral(item) for item in row]
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """The four forms (string, strings, token ids, lists of token ids) as one list of prompts."""
     if isinstance(value, str):
         return [value]
+    value = _whole_numbers(value)
     if not isinstance(value, list):
         raise InvalidRequest("'prompt' must be a string, strings, token ids or lists of token ids")
     if not value:
@@ -30,13 +45,15 @@ def _prompts(value: Any) -> list[str | list[int]]:
     raise InvalidRequest("'prompt' must hold strings only, token ids only, or lists of token ids only")
 
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_ID = {"type": "integer", "minimum": 0, "exclusiveMaximum": INT64}
+_IDS = {"type": "array", "items": _ID, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _TEXT,
+        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_SEQUENCES},
         _IDS,
-        {"type": "array", "items": _IDS, "minItems": 1},
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_SEQUENCES},
     ]
 }
 Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
@@ -45,18 +62,48 @@ Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSc
 class CompletionBody(GenerationBody):
     """OpenAI's fields and ours. `prompt` is always a list here, one item per prompt."""
 
-    unsupported: ClassVar[Mapping[str, str]] = {"suffix": "the model has no fill-in-the-middle"}
-
-    prompt: Prompts
-    max_tokens: int = Field(16, ge=0)
-    best_of: int | None = Field(None, ge=0, le=20)
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=5)
+    prompt: Prompts = Field(
+        description=f"a string, strings, token ids or lists of token ids; prompts times choices: at most "
+        f"{MAX_SEQUENCES}"
+    )
+    suffix: Annotated[str, Only("", why="the model has no fill-in-the-middle")] = Field(
+        "", description='OpenAI\'s; only ""'
+    )
+    max_tokens: int = Field(
+        16, ge=0, lt=INT64, description="tokens to generate at most; 0 with `echo` scores"
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=20,
+        description="generate so many, answer the `n` likeliest; above `n` not with `stream`",
+    )
+    echo: bool = Field(False, description="the prompt in front of the text, and of `logprobs`")
+    logprobs: int | None = Field(
+        None, ge=0, le=5, description="log-probabilities of the tokens, and of so many others at each place"
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="vLLM's: as chat has it; not with `structured_outputs`"
+    )
+    add_special_tokens: bool = Field(
+        True, description="vLLM's: give text the special tokens that the tokenizer adds (BOS)"
+    )
 
     @property
     def candidates(self) -> int:
         """Sequences to generate for each prompt, of which `n` are answered."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def scored(self) -> int | None:
+        """How many likely tokens to tell at each place of the prompt; None: its tokens are not scored."""
+        wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
+        return max((count for count in wanted if count is not None), default=None)
+
+    def structure(self) -> Structure | None:
+        """What the answer must look like; None: anything goes."""
+        asked = None if self.response_format is None else self.response_format.structure()
+        return super().structure() if asked is None else asked
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CompletionBody:
@@ -70,6 +117,10 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest(
                 f"'min_tokens' ({self.min_tokens}) is above 'max_tokens' ({self.max_tokens})", "min_tokens"
             )
+        formed = self.response_format is not None and self.response_format.type != "text"
+        if formed and self.structured_outputs is not None:
+            message = "'response_format' and 'structured_outputs' exclude each other"
+            raise InvalidRequest(message, "structured_outputs")
         sequences = len(self.prompt) * self.candidates
         if sequences > MAX_SEQUENCES:
             message = f"prompts times choices are {sequences}; at most {MAX_SEQUENCES} are allowed"

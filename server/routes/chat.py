@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,31 +11,31 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from engine.types import GenerateRequest
+from engine.types import TokenLogprob
 from server.context import Context, context_of
-from server.generation import Choice, Piece, check_all, generate, usage_of
-from server.logprobs import chat_logprobs
-from server.openapi import body_schema
+from server.conversation import choices_of
+from server.generation import Choice, Piece, generate, usage_of
+from server.logprobs import chat_logprobs, prompt_logprobs
+from server.openapi import documented
 from server.protocol import body as bodies
+from server.protocol.answers_chat import ChatAnswer, ChatChunk
 from server.protocol.chat import ChatBody
-from server.render import Prompt, room_left
+from server.protocol.examples import CHAT
 from server.statistics import total
 from server.stream import plain, sse
+from server.turn import Delta, ToolDelta, TurnReader
 
-router = APIRouter()
+router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
+@router.post("/v1/chat/completions", **documented(ChatBody, ChatAnswer, chunk=ChatChunk, examples=CHAT))
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation; `stream` sends tokens as they come."""
     context = context_of(request)
     body = await bodies.read(request, ChatBody, context.settings.max_body_bytes)
     context.check_model(body.model)
-    info = context.ready()
     answer = _Answer(context, body)
-    prompt = await context.renderer.chat(body, info.max_model_len)
-    max_tokens = room_left(prompt, info) if body.limit is None else body.limit
-    choices = await answer.choices(prompt, max_tokens)
+    choices = await choices_of(context, body, id=answer.id, arrival=answer.arrival)
     if body.stream:
         return sse(answer.chunks(choices), context.settings.shutdown_seconds)
     return await plain(request, answer.whole(choices))
@@ -50,32 +50,6 @@ class _Answer:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     arrival: float = field(default_factory=time.monotonic)
-
-    async def choices(self, prompt: Prompt, max_tokens: int) -> list[Choice]:
-        """All `n` choices. Raises InvalidRequest if the engine would refuse any."""
-        body = self.body
-        requests = [self._request(i, prompt, max_tokens) for i in range(body.n)]
-        await check_all(self.context.engine, requests)
-        # an answer begins a text of its own, unless it goes on with a message's
-        continues = prompt.ids if body.continue_final_message else ()
-        include_stop = body.include_stop_str_in_output
-        return [
-            Choice(i, request, prompt, self.context.text_stream(body, continues), include_stop)
-            for i, request in enumerate(requests)
-        ]
-
-    def _request(self, index: int, prompt: Prompt, max_tokens: int) -> GenerateRequest:
-        body = self.body
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return GenerateRequest(
-            id=f"{self.id}-{index}",
-            prompt_ids=prompt.ids,
-            params=body.sampling(choice=index, max_tokens=max_tokens, logprobs=logprobs),
-            speculation=body.speculation.params(),
-            priority=body.priority,
-            arrival=self.arrival,
-            cache_salt=body.cache_salt,
-        )
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.body.model}
@@ -95,17 +69,20 @@ class _Answer:
         }
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = list(choices[0].prompt.ids)
+        scored = choices[0].prompt_logprobs  # one prompt: the same for every choice
+        if self.body.prompt_logprobs is not None and scored is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(self.context.table, scored, self.body.prompt_logprobs)
         return answer
 
     def _entry(self, choice: Choice) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": _message(choice.turn),
             "logprobs": None,
             "finish_reason": choice.finish_reason,
         }
         if self.body.logprobs:
-            entry["logprobs"] = chat_logprobs(self.context.table, choice.logprobs)
+            entry["logprobs"] = self._logprobs(choice.logprobs)
         if self.body.return_token_ids:
             entry["token_ids"] = choice.token_ids
         return entry
@@ -123,7 +100,7 @@ class _Answer:
             yield self.head("chat.completion.chunk") | {"choices": [], "usage": usage_of(choices)}
 
     def _chunks_of(self, piece: Piece) -> list[dict[str, Any]]:
-        """Role, content, finish: a piece has one to three of them, each a chunk of its own."""
+        """Role, what is new, finish: a chunk for each. Logprobs and token ids come with what is new first."""
         index, body = piece.choice.index, self.body
         chunks: list[dict[str, Any]] = []
         if piece.first:
@@ -131,18 +108,50 @@ class _Answer:
             if body.return_token_ids:
                 role["prompt_token_ids"] = list(piece.choice.prompt.ids)
             chunks.append(role)
-        if piece.text or (piece.token_ids and (body.logprobs or body.return_token_ids)):
-            chunk = self._chunk(index, {"content": piece.text})
+        said = [self._chunk(index, delta) for delta in _deltas(piece.delta)]
+        if piece.token_ids and (body.logprobs or body.return_token_ids):
+            said = said or [self._chunk(index, {"content": ""})]
             if body.logprobs:
-                chunk["choices"][0]["logprobs"] = chat_logprobs(self.context.table, piece.logprobs)
+                said[0]["choices"][0]["logprobs"] = self._logprobs(piece.logprobs)
             if body.return_token_ids:
-                chunk["choices"][0]["token_ids"] = piece.token_ids
-            chunks.append(chunk)
+                said[0]["choices"][0]["token_ids"] = piece.token_ids
+        chunks += said
         if piece.finish_reason is not None:
             last = self._chunk(index, {}, piece.finish_reason)
             chunks.append(last | {"speculation": piece.choice.speculated.body()})
         return chunks
 
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return chat_logprobs(self.context.table, logprobs, as_ids=self.body.return_tokens_as_token_ids)
+
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return self.head("chat.completion.chunk") | {"choices": [choice]}
+
+
+def _message(turn: TurnReader) -> dict[str, Any]:
+    """A whole message. Content is null only beside calls."""
+    content = None if turn.tool_calls and not turn.content else turn.content
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if turn.reasoning:
+        message["reasoning_content"] = turn.reasoning
+    if turn.tool_calls:
+        message["tool_calls"] = [call.body() for call in turn.tool_calls]
+    return message
+
+
+def _deltas(delta: Delta) -> list[dict[str, Any]]:
+    """What is new as deltas of one kind each: reasoning, content, pieces of calls."""
+    reasoning = [{"reasoning_content": delta.reasoning}] if delta.reasoning else []
+    return reasoning + [
+        {"content": part} if isinstance(part, str) else {"tool_calls": [_call_delta(part)]}
+        for part in delta.parts
+    ]
+
+
+def _call_delta(call: ToolDelta) -> dict[str, Any]:
+    """A call's first delta has its id and name, later ones pieces of its arguments."""
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,22 +11,28 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from engine.types import GenerateRequest
+from engine.types import CompiledGrammar, GenerateRequest, TokenLogprob
 from server.context import Context, context_of
 from server.detokenize import TextStream
 from server.generation import Choice, Piece, check_all, generate, usage_of
-from server.logprobs import completion_logprobs
-from server.openapi import body_schema
+from server.logprobs import completion_logprobs, prompt_logprobs
+from server.openapi import documented
 from server.protocol import body as bodies
+from server.protocol.answers import CompletionAnswer, CompletionChunk
 from server.protocol.completions import CompletionBody
+from server.protocol.examples import COMPLETION
 from server.render import Prompt
 from server.statistics import total
 from server.stream import plain, sse
+from server.turn import Delta
 
-router = APIRouter()
+router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+@router.post(
+    "/v1/completions",
+    **documented(CompletionBody, CompletionAnswer, chunk=CompletionChunk, examples=COMPLETION),
+)
 async def completions(request: Request) -> Response:
     """Continues one or several prompts; `stream` sends tokens as they come."""
     context = context_of(request)
@@ -34,7 +40,8 @@ async def completions(request: Request) -> Response:
     context.check_model(body.model)
     info = context.ready()
     answer = _Answer(context, body)
-    prompts = await context.renderer.prompts(body.prompt, info.max_model_len)
+    special = body.add_special_tokens
+    prompts = await context.renderer.prompts(body.prompt, info.max_model_len, special=special)
     choices = await answer.choices(prompts)
     if body.stream:
         return sse(answer.chunks(choices), context.settings.shutdown_seconds)
@@ -53,9 +60,14 @@ class _Answer:
 
     async def choices(self, prompts: list[Prompt]) -> list[Choice]:
         """All candidates of all prompts. Raises InvalidRequest if the engine would refuse any."""
+        grammar, bad_words = await self.context.grammar(self.body), self.context.bad_words(self.body)
         numbers = range(self.body.candidates)
         own = [prompt for prompt in prompts for _ in numbers]
-        requests = [self._request(p, i, prompt) for p, prompt in enumerate(prompts) for i in numbers]
+        requests = [
+            self._request(f"{self.id}-{p * len(numbers) + i}", prompt, i, grammar, bad_words)
+            for p, prompt in enumerate(prompts)
+            for i in numbers
+        ]
         await check_all(self.context.engine, requests)
         include_stop = self.body.include_stop_str_in_output
         return [
@@ -63,17 +75,26 @@ class _Answer:
             for i, (request, prompt) in enumerate(zip(requests, own, strict=True))
         ]
 
-    def _request(self, prompt_index: int, i: int, prompt: Prompt) -> GenerateRequest:
+    def _request(
+        self,
+        id: str,
+        prompt: Prompt,
+        choice: int,
+        grammar: CompiledGrammar | None,
+        bad_words: tuple[tuple[int, ...], ...],
+    ) -> GenerateRequest:
         body = self.body
         return GenerateRequest(
-            id=f"{self.id}-{prompt_index * body.candidates + i}",
+            id=id,
             prompt_ids=prompt.ids,
             params=body.sampling(
-                choice=i,
+                choice=choice,
                 max_tokens=body.max_tokens,
                 # without them there is no telling which candidate is the best
                 logprobs=0 if body.logprobs is None and body.candidates > body.n else body.logprobs,
-                prompt_logprobs=body.logprobs if body.echo else None,
+                prompt_logprobs=body.scored,
+                grammar=grammar,
+                bad_words=bad_words,
             ),
             speculation=body.speculation.params(),
             priority=body.priority,
@@ -117,6 +138,7 @@ class _Answer:
         everything = Piece(
             choice=choice,
             text=choice.text,
+            delta=Delta(),  # of chats
             token_ids=choice.token_ids,
             logprobs=choice.logprobs,
             offsets=choice.offsets,
@@ -137,12 +159,13 @@ class _Answer:
         }
         if body.logprobs is not None:
             offsets = [len(echo) + offset for offset in piece.offsets]
-            entry["logprobs"] = completion_logprobs(
-                self.context.table, piece.token_ids, piece.logprobs, offsets
-            )
+            entry["logprobs"] = self._logprobs(piece.token_ids, piece.logprobs, offsets)
             if body.echo and piece.first:
                 own = entry["logprobs"]
                 entry["logprobs"] = {k: v + own[k] for k, v in self._prompt_logprobs(choice).items()}
+        if body.prompt_logprobs is not None:
+            scores = _scores_of(choice)
+            entry["prompt_logprobs"] = prompt_logprobs(self.context.table, scores, body.prompt_logprobs)
         if body.return_token_ids:
             entry["token_ids"] = piece.token_ids
             if piece.first:
@@ -157,13 +180,18 @@ class _Answer:
         return self.context.tokenizer.decode(list(prompt.ids), skip_special_tokens=skip)
 
     def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
-        if choice.prompt_logprobs is None:
-            raise RuntimeError("the engine sent no log-probabilities of the prompt")
         skip = self.body.skip_special_tokens
         text = TextStream(self.context.tokenizer, skip_special_tokens=skip)
         for token_id in choice.prompt.ids:
             text.push(token_id)
-        return completion_logprobs(self.context.table, choice.prompt.ids, choice.prompt_logprobs, text.starts)
+        return self._logprobs(choice.prompt.ids, _scores_of(choice), text.starts)
+
+    def _logprobs(
+        self, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], offsets: Sequence[int]
+    ) -> dict[str, Any]:
+        as_ids = self.body.return_tokens_as_token_ids
+        top = self.body.logprobs
+        return completion_logprobs(self.context.table, ids, logprobs, offsets, top=top, as_ids=as_ids)
 
     async def chunks(self, choices: list[Choice]) -> AsyncGenerator[dict[str, Any], None]:
         body, head = self.body, self.head()
@@ -187,3 +215,9 @@ class _Answer:
         tokens_shown = bool(piece.token_ids) and (body.logprobs is not None or body.return_token_ids)
         wanted = piece.first and (body.echo or body.return_token_ids)
         return bool(piece.text or piece.finish_reason or tokens_shown or wanted)
+
+
+def _scores_of(choice: Choice) -> Sequence[TokenLogprob | None]:
+    if choice.prompt_logprobs is None:
+        raise RuntimeError("the engine sent no log-probabilities of the prompt")
+    return choice.prompt_logprobs

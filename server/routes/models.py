@@ -8,9 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from engine.speculation.policy import describe
+from engine.types import ModelInfo
 from server.context import Context, context_of
+from server.openapi import documented
+from server.protocol.answers import ModelCard, ModelList, PolicyList
 
-router = APIRouter()
+router = APIRouter(tags=["models"])
 _STARTED = int(time.time())
 
 
@@ -26,7 +29,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **documented(answer=ModelList, errors=(500,)))
 async def models(request: Request) -> dict[str, Any]:
     """The names that requests may use; all are the one target."""
     context = context_of(request)
@@ -34,7 +37,7 @@ async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_model(context, name) for name in names]}
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", **documented(answer=ModelCard, errors=(404, 500)))
 async def model(request: Request, model_id: str) -> dict[str, Any]:
     """One of them."""
     context = context_of(request)
@@ -42,7 +45,7 @@ async def model(request: Request, model_id: str) -> dict[str, Any]:
     return _model(context, model_id)
 
 
-@router.get("/v1/policies")
+@router.get("/v1/policies", **documented(answer=PolicyList, errors=(500, 503)))
 async def policies(request: Request) -> dict[str, Any]:
     """What the field `speculation` may name: drafters, and policies with their options as JSON schema.
 
@@ -64,9 +67,15 @@ async def policies(request: Request) -> dict[str, Any]:
             for name, schema in describe().items()
         ],
         "max_sl": info.max_sl,
-        "default": {
-            "drafter": info.default_drafter,
-            "policy": info.default_policy,
-            "options": info.default_options,
-        },
+        "default": _default(info),
+    }
+
+
+def _default(info: ModelInfo) -> dict[str, Any]:
+    """What a request gets that names nothing. Nobody stops who does not draft: then the policy is "none"."""
+    drafts = info.default_drafter != "none"
+    return {
+        "drafter": info.default_drafter,
+        "policy": info.default_policy if drafts else "none",
+        "options": info.default_options if drafts else {},
     }

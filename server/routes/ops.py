@@ -6,12 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 
 from server.context import context_of
 from server.errors import unavailable
+from server.openapi import documented
+from server.protocol.answers import Health, Ready, Version
 
-router = APIRouter()
+router = APIRouter(tags=["operations"])
 
 
 def product_version() -> str:
@@ -22,7 +25,7 @@ def product_version() -> str:
         return "unknown"
 
 
-@router.get("/health")
+@router.get("/health", **documented(answer=Health, errors=(500, 503)))
 async def health(request: Request) -> dict[str, Any]:
     """200 while the engine lives and answers; 503 while it loads, restarts, or is dead."""
     context = context_of(request)
@@ -32,7 +35,7 @@ async def health(request: Request) -> dict[str, Any]:
     return {"status": "ok", "engine": engine.state, "restarts": engine.restarts}
 
 
-@router.get("/ready")
+@router.get("/ready", **documented(answer=Ready, errors=(500, 503)))
 async def ready(request: Request) -> dict[str, Any]:
     """200 if a request would be served now: whether to send traffic here."""
     info = context_of(request).ready()
@@ -43,13 +46,13 @@ def _why(error: BaseException | None) -> str:
     return "" if error is None else f": {error}"
 
 
-@router.get("/version")
+@router.get("/version", **documented(answer=Version, errors=(500,)))
 async def get_version() -> dict[str, str]:
     """The version of disco-serve."""
     return {"version": product_version()}
 
 
-@router.get("/metrics")
+@router.get("/metrics", **documented(errors=(500,)), response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus' text, or OpenMetrics if asked for."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

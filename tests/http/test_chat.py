@@ -100,6 +100,18 @@ async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngine, ids: Ids)
     assert bare[0]["top_logprobs"] == []
 
 
+async def test_prompt_logprobs(client: httpx.AsyncClient, ids: Ids) -> None:
+    scored = (await ask(client, prompt_logprobs=2))["prompt_logprobs"]
+    assert scored[0] is None and len(scored) == len(ids(PROMPT))
+    assert all(str(token_id) in entry for token_id, entry in zip(ids(PROMPT)[1:], scored[1:], strict=True))
+    assert "prompt_logprobs" not in await ask(client)
+
+
+async def test_tokens_by_their_ids(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    entries = (await ask(client, logprobs=True, return_tokens_as_token_ids=True))["choices"][0]["logprobs"]
+    assert [entry["token"] for entry in entries["content"]] == [f"token_id:{i}" for i in engine.answer]
+
+
 async def test_token_ids(client: httpx.AsyncClient, engine: FakeEngine, ids: Ids) -> None:
     answer = await ask(client, return_token_ids=True)
     assert answer["prompt_token_ids"] == ids(PROMPT)

@@ -117,7 +117,10 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings(served_model_name=["a", "b"]).served_model_name == ["a", "b"]
 
 
-@pytest.mark.parametrize("wrong", [{"port": 70000}, {"max_num_seqs": 0}, {"dtype": "int8"}, {"nonsense": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"port": 70000}, {"max_num_seqs": 0}, {"dtype": "int8"}, {"nonsense": 1}, {"tool_format": "nope"}],
+)
 def test_settings_refuse(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Settings.model_validate(wrong)

@@ -45,6 +45,8 @@ class ModelDrafter:
         self._noise, self._random, self._max_sl = noise, random, max_sl
         self._loops = runner.device.type == "cuda" and hasattr(runner, "decode")
         self._loop: DraftLoop | None = None
+        # Whether rows with masks draft under them, step by step; the device's loop knows none.
+        self.mask_drafts = not self._loops
 
     def room(self, seq: Sequence) -> int:
         if self._lags(seq):
@@ -68,9 +70,13 @@ class ModelDrafter:
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         loop = self._device_loop(table)
+        masked = [i for i, row in enumerate(rows) if self.mask_drafts and row.constraint is not None]
+        free = [i for i in range(len(rows)) if i not in set(masked)]
         # What filters cut is drafted all the same: q is free, and a step of the loop costs half as much.
-        if loop is not None and loop.takes(rows):
-            return loop.begin(rows, limits)
+        if loop is not None and free and loop.takes([rows[i] for i in free]):
+            own = self.draft([rows[i] for i in masked], [limits[i] for i in masked], table)
+            wait = loop.begin([rows[i] for i in free], [limits[i] for i in free])
+            return lambda: _merged(masked, own, free, wait())
         drafts = self.draft(rows, limits, table)
         return lambda: drafts
 
@@ -137,9 +143,8 @@ class ModelDrafter:
         A draft cannot where its law is none: a head over a reduced vocabulary of which the request
         forbids every token, or NaN. Keeps q where rejection sampling needs it.
         """
-        scaled = scaled_logits(
-            logits, [Place(r, d.tokens) for r, d in zip(rows, drafts, strict=True)], self._eos_ids
-        )
+        places = [Place(r, d.tokens) for r, d in zip(rows, drafts, strict=True)]
+        scaled = scaled_logits(logits, places, self._eos_ids, drafting=True, masks=self.mask_drafts)
         noisy = [i for i, row in enumerate(rows) if row.coupled and row.params.temperature > 0]
         if noisy:
             positions = [len(rows[i].tokens) + len(drafts[i].tokens) for i in noisy]
@@ -184,3 +189,11 @@ class ModelDrafter:
             entropy=found.get("entropy"),
             joint=joint[at],
         )
+
+
+def _merged(
+    some: list[int], first: list[RowDraft], others: list[int], second: list[RowDraft]
+) -> list[RowDraft]:
+    """The drafts in the order of their rows."""
+    drafts = dict(zip([*some, *others], [*first, *second], strict=True))
+    return [drafts[i] for i in range(len(drafts))]

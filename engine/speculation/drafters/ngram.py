@@ -52,7 +52,10 @@ class NgramDrafter:
             found: dict[int, Counter[int]] = {}
             for i in alive:
                 guess = rows[i].ngrams.next(drafts[i].tokens)  # type: ignore[union-attr]
-                if guess is None:
+                masks = rows[i].constraint
+                if guess is None or (
+                    masks is not None and not masks.permits(rows[i], drafts[i].tokens, guess[0])
+                ):
                     drafts[i].stop_reason = "drafter"
                     continue
                 drafts[i].tokens.append(guess[0])
