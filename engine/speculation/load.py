@@ -20,9 +20,11 @@ class Load:
     `verify` float32[TOKENS + 1]: seconds of a target pass over the present rows by tokens in all.
     `rate` float32[]: tokens per second that the batch has emitted lately, with this many rows.
     `rows` float32[]: rows that decode. All costs are 0 while none is known.
+    `flat`: a draft's steps cost what its first one does, however few rows still draft.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, flat: bool = False) -> None:
+        self.flat = flat
         words = ROWS + 1 + TOKENS + 1 + 2
         self._words = torch.zeros(words, dtype=torch.float32, device=device)
         self._host = torch.zeros(words, dtype=torch.float32)
