@@ -160,7 +160,7 @@ class Engine:
         for name, table in self._tables.items():
             mine = [seq for seq in decoding if seq.drafter == name]
             if mine:
-                table.load.refresh(self.costs.drafts[name], self.costs.verify, len(decoding))
+                table.load.refresh(self.costs.drafts[name], self.costs.verify, len(decoding), _mix(decoding))
                 for seq in mine:
                     if seq.slot < 0:
                         table.take(seq)
@@ -270,7 +270,8 @@ class Engine:
         if all(row.decodes for row in rows):
             emitted = sum(len(row.new) for row in rows)
             for table in self._tables.values():
-                table.load.observe(len(rows), emitted, flight.verified - flight.begin)
+                seconds = flight.verified - flight.begin
+                table.load.observe(len(rows), emitted, seconds, _mix([row.seq for row in rows]))
             drafts = [len(row.draft.tokens) for row in rows]
             self.costs.verify.observe(len(rows), len(rows) + sum(drafts), flight.verified - flight.drafted)
 
@@ -327,6 +328,11 @@ class Engine:
             prefix_hits=self._blocks.hits,
             preemptions=self._scheduler.preemptions,
         )
+
+
+def _mix(seqs: list[Sequence]) -> frozenset[str]:
+    """Who stops the drafts of these rows."""
+    return frozenset("none" if seq.drafter == "none" else seq.policy for seq in seqs)
 
 
 def _tail(row: PlanRow, count: int) -> Tensor:
