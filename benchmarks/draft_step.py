@@ -59,13 +59,13 @@ def draft_step(
         drafter._loop = None  # what it has captured is not overruled
     with patch.object(PolicyTable, "decide", decide):
         seq.draft_kv_len = 0
-        while drafter.room(seq) == 0:
-            drafter.catch_up([seq], 2048)
+        while drafter.lags(seq):
+            drafter.read([(seq, context - 1)], 2048)
         for _ in range(rounds):
             for sl, times in found.items():
                 seq.draft_kv_len = context - 1
                 begin = time.perf_counter()
-                drafts = drafter.begin([seq], [sl], table)()
+                drafts = drafter.begin([seq], [sl], table)().rows
                 times.append(time.perf_counter() - begin)
                 assert len(drafts[0].tokens) == sl, drafts[0]
     table.give_back(seq)

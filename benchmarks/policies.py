@@ -91,14 +91,17 @@ def play(
 
 def oracle(engine: Engine, played: Played) -> Played:
     """The same texts with exactly the accepted prefix of every draft, at the engine's costs."""
-    draft, verify = engine.costs.drafts["model"], engine.costs.verify
     found = Played()
     for name, iterations in played.iterations.items():
-        accepted = [emitted - 1 for _, emitted in iterations]
-        cost = sum(a * (draft.cost(1, 1) or 0.0) + (verify.cost(1, a + 1) or 0.0) for a in accepted)
-        found.seconds[name] = [cost]
-        found.iterations[name] = [(a, a + 1) for a in accepted]
+        found.iterations[name] = [(emitted - 1, emitted) for _, emitted in iterations]
+        found.seconds[name] = [predicted(engine, found.iterations[name])]
     return found
+
+
+def predicted(engine: Engine, iterations: Seq[tuple[int, int]]) -> float:
+    """Seconds of these iterations at the engine's costs: drafts and one verification each, nothing else."""
+    draft, verify = engine.costs.drafts["model"], engine.costs.verify
+    return sum(k * (draft.cost(1, 1) or 0.0) + (verify.cost(1, k + 1) or 0.0) for k, _ in iterations)
 
 
 def ms_per_token(played: Played, texts: Seq[Text], tokens: int) -> list[float]:
@@ -172,6 +175,12 @@ def main() -> None:
     for name in (rule for rule in rules if rule != "heuristic"):  # last: the engine stops no more afterwards
         steps[name] = draft_step(engine, name, {}, overrule=True, **timing)
     rows, paired = _rows(found, test, list(statics), sl, args)
+    of_predicted = {
+        name: sum(predicted(engine, each) for each in played.iterations.values())
+        / sum(times[-1] for times in played.seconds.values())
+        for name, played in found.items()
+        if name != ORACLE
+    }
     different = {
         name: sum(played.tokens[t.name] != found[ALONE].tokens[t.name] for t in test)
         for name, played in found.items()
@@ -185,7 +194,8 @@ def main() -> None:
             "draft": engine.costs.drafts["model"].cost(1, 1),
             "verify": {str(n): engine.costs.verify.cost(1, n) for n in (1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 25)},
         },
-        "draft_step": steps, "rows": rows, "goodput_against": paired, "texts_unlike_target_only": different,
+        "draft_step": steps, "of_predicted": of_predicted, "rows": rows, "goodput_against": paired,
+        "texts_unlike_target_only": different,
         "seconds": {name: dict(played.seconds) for name, played in found.items()},
     }  # fmt: skip
     record.save(args.json, figures)
@@ -230,6 +240,8 @@ def _show(figures: dict[str, Any]) -> None:
             name, *cells, f"{last['acceptance']:.2f}", f"{last['sl_mean']:.1f} ({last['sl_sd']:.1f})"
         )
     console.print(table)
+    told = ", ".join(f"{name} {share:.1%}" for name, share in figures["of_predicted"].items())
+    console.print(f"time at the engine's costs, of the measured: {told}")
     for each in figures["goodput_against"]:
         low, mid, high = each["speed"]
         console.print(f"goodput on {each['task']}: {mid:.3f} [{low:.3f}, {high:.3f}] x {each['against']}")

@@ -219,6 +219,8 @@ class _Game:
             player.costs.deciding(decider.name) if decider.asked else 0.0
         )
         self._log: list[tuple[NDArray[Any], ...]] = []
+        self._mix = frozenset([decider.name])
+        self._drafting = True  # as `Engine` has it: then prompts are read by the draft beside the target
 
     def requests(self, prompts: Seq[int]) -> None:
         """Plays them to their ends."""
@@ -226,9 +228,11 @@ class _Game:
         prompt = np.array(prompts, dtype=np.int64)
         total = np.minimum(chains.total[prompt], rules.max_tokens)
         generated = np.ones_like(prompt)
-        lag = chains.prompt_tokens[prompt] + 1  # tokens that the draft's KV lacks
-        if rules.cached:
-            lag -= (chains.prompt_tokens[prompt] - 1) // rules.block * rules.block
+        lag = np.ones_like(prompt)  # tokens that the draft's KV lacks
+        if not self._drafting:
+            lag += chains.prompt_tokens[prompt]
+            if rules.cached:
+                lag -= (chains.prompt_tokens[prompt] - 1) // rules.block * rules.block
         while len(rows := np.flatnonzero(generated < total)):
             played = self._iteration(rows, prompt[rows], generated[rows], lag[rows])
             generated[rows] += played.emitted
@@ -240,9 +244,11 @@ class _Game:
         chains = self._chains
         step = chains.base[prompt] + generated
         if self._load is not None:
-            self._load.refresh(self._engine_costs.drafts["model"], self._engine_costs.verify, len(rows))
+            costs = self._engine_costs
+            self._load.refresh(costs.drafts["model"], costs.verify, len(rows), self._mix)
         wish = self._decider.limits(rows)
         bound = np.minimum(wish, self._rules.max_sl)
+        self._drafting = bool(bound.any())
         room = np.where(lag > SMALL_LAG, 0, self._room(generated))
         limits = np.minimum(bound, np.maximum(room, 0))
         caught_up = np.where((lag > SMALL_LAG) & (bound > 0), np.minimum(lag - 1, self._rules.budget), 0)
@@ -253,7 +259,7 @@ class _Game:
         self._decider.learn(rows, drafted, accepted)
         seconds = self._seconds(drafted, caught_up)
         if self._load is not None:
-            self._load.observe(len(rows), int(emitted.sum()), float(seconds.max()))
+            self._load.observe(len(rows), int(emitted.sum()), float(seconds.max()), self._mix)
         # The newest draft token was not fed: after a whole acceptance the KV lacks it too.
         lag = np.where(drafted > 0, accepted + 1 - np.minimum(drafted - 1, accepted), lag - caught_up + 1)
         truncated = ((drafted == known) & (known < limits)).astype(np.int64)

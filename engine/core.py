@@ -20,7 +20,7 @@ from engine.scheduler import PlanRow, Scheduler
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.costs import EngineCosts
-from engine.speculation.drafters.base import Drafts
+from engine.speculation.drafters.base import Drafter, Drafts
 from engine.speculation.memory import Memory
 from engine.speculation.policy import options_of
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
@@ -52,6 +52,7 @@ class Engine:
             if parts is None or device.type == "cuda"
             else EngineCosts()
         )
+        self._drafting = dict.fromkeys(self._parts.drafters, True)  # whether any row did lately
         self._arrivals = 0
         self._flight: Flight | None = None
         self._overlaps = device.type == "cuda"
@@ -143,11 +144,14 @@ class Engine:
     def _finish(self, flight: Flight) -> list[PlanRow]:
         """Waits for the drafts, verifies, commits: the rows, but for those that were aborted meanwhile."""
         for chosen, wait in flight.drafts:
-            for row, draft in zip(chosen, wait(), strict=True):
+            drafted = wait()
+            for row, draft in zip(chosen, drafted.rows, strict=True):
                 draft.stop_reason = draft.stop_reason or row.sl_reason
                 row.draft = draft
                 if row.seq.constraint is not None:
                     row.seq.constraint.trim(row.seq, draft)
+            for count, seconds in drafted.steps:
+                self.costs.drafts[chosen[0].seq.drafter].observe(count, count, seconds)
         rows = [row for row in flight.rows if row.seq.status == "running"]
         if rows:
             if flight.logits is None:
@@ -166,11 +170,13 @@ class Engine:
         for name, table in self._tables.items():
             mine = [seq for seq in decoding if seq.drafter == name]
             if mine:
-                table.load.refresh(self.costs.drafts[name], self.costs.verify, len(decoding))
+                table.load.refresh(self.costs.drafts[name], self.costs.verify, len(decoding), _mix(decoding))
                 for seq in mine:
                     if seq.slot < 0:
                         table.take(seq)
-                wishes |= zip([seq.id for seq in mine], table.limits(mine), strict=True)
+                asked = table.limits(mine)
+                wishes |= zip([seq.id for seq in mine], asked, strict=True)
+                self._drafting[name] = any(map(min, asked, [seq.max_sl for seq in mine]))
         limits: list[tuple[int, str | None]] = []
         for seq in decoding:
             if seq.id not in wishes:
@@ -187,13 +193,14 @@ class Engine:
         return limits
 
     def _begin_drafts(self, rows: list[PlanRow]) -> list[tuple[list[PlanRow], Drafts]]:
-        """A chain for every row that may draft. Rows without room may owe it to the drafter's own KV."""
+        """A chain for every row that may draft; what lags too far is read instead."""
         for row in rows:
             row.draft.stop_reason = row.sl_reason
         begun = []
         for name, drafter in self._parts.drafters.items():
             mine = [row for row in rows if row.decodes and row.seq.drafter == name]
-            drafter.catch_up([row.seq for row in mine if row.sl_reason == "room"], self._parts.token_budget)
+            lagging = [row.seq for row in mine if row.sl_reason == "room" and drafter.lags(row.seq)]
+            drafter.read([(seq, len(seq.tokens) - 1) for seq in lagging], self._parts.token_budget)
             chosen = [row for row in mine if row.sl > 0]
             if chosen:
                 limits = [row.sl for row in chosen]
@@ -202,6 +209,7 @@ class Engine:
 
     def _run_target(self, rows: list[PlanRow]) -> Tensor:
         """One pass over pending and draft tokens; float[M, vocab], of which every row gets its part."""
+        prompts = self._prompts_to_read(rows)  # policies may be asked: before the device is busy
         chunks = []
         for row in rows:
             seq = row.seq
@@ -214,7 +222,32 @@ class Engine:
         logits = self._parts.target.forward(batch)[:, : self.info.vocab_size]
         for row, part in zip(rows, logits.split_with_sizes([chunk.logits for chunk in chunks]), strict=True):
             row.logits = part
+        for drafter, begun in prompts:
+            drafter.read(begun, self._parts.token_budget)
         return logits
+
+    def _prompts_to_read(self, rows: list[PlanRow]) -> list[tuple[Drafter, list[tuple[Sequence, int]]]]:
+        """What drafters read beside the target, for those rows that will draft by all that is known."""
+        found = []
+        for name, drafter in self._parts.drafters.items():
+            mine = [
+                row
+                for row in rows
+                if not row.decodes and row.seq.drafter == name
+                if row.seq.max_sl > 0 and row.seq.params.max_tokens > 2 and self._drafts(row.seq)
+            ]
+            if mine:
+                found.append((drafter, [(row.seq, row.seq.kv_len + row.tokens) for row in mine]))
+        return found
+
+    def _drafts(self, seq: Sequence) -> bool:
+        """Whether its policy lets it draft; one that learns, if it let any row lately."""
+        table = self._tables[seq.drafter]
+        if table.learns(seq):
+            return self._drafting[seq.drafter]
+        if seq.slot < 0:
+            table.take(seq)
+        return table.limits([seq]) != [0]
 
     def _verify(self, rows: list[PlanRow], logits: Tensor) -> None:
         """Verdicts for the rows that sample; the others are only checked for NaN."""
@@ -243,17 +276,14 @@ class Engine:
                 table.observe([row.seq for row in learning], drafted, accepted)
 
     def _observe_costs(self, rows: list[PlanRow], flight: Flight) -> None:
-        """Only of iterations without prefill: what drafting and verifying alone took, and what they gave."""
+        """Only of iterations without prefill: what verifying alone took, and what they gave."""
         if all(row.decodes for row in rows):
             emitted = sum(len(row.new) for row in rows)
             for table in self._tables.values():
-                table.load.observe(len(rows), emitted, flight.verified - flight.begin)
+                seconds = flight.verified - flight.begin
+                table.load.observe(len(rows), emitted, seconds, _mix([row.seq for row in rows]))
             drafts = [len(row.draft.tokens) for row in rows]
             self.costs.verify.observe(len(rows), len(rows) + sum(drafts), flight.verified - flight.drafted)
-            if len(flight.drafts) == 1 and (steps := max(drafts)):
-                drafting = sum(1 for length in drafts if length)
-                costs = self.costs.drafts[next(row.seq.drafter for row in rows if row.draft.tokens)]
-                costs.observe(drafting, drafting, (flight.drafted - flight.begin) / steps)
 
     def _commit(self, row: PlanRow) -> None:
         """Moves the row on: KV lengths, tokens, and its end if it has come."""
@@ -310,6 +340,11 @@ class Engine:
             prefix_hits=self._blocks.hits,
             preemptions=self._scheduler.preemptions,
         )
+
+
+def _mix(seqs: list[Sequence]) -> frozenset[str]:
+    """Who stops the drafts of these rows."""
+    return frozenset("none" if seq.drafter == "none" else seq.policy for seq in seqs)
 
 
 def _tail(row: PlanRow, count: int) -> Tensor:

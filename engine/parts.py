@@ -179,18 +179,19 @@ def assemble(
     noise = GumbelNoise(vocab, target.device)
     random = random or CounterDraws()
     drafters: dict[str, Drafter] = {}
+    equipment: dict[str, Equipment] = {}
     if config.draft != "none":
         drafters["ngram"] = NgramDrafter(target.device)
+        equipment["ngram"] = Equipment(Load(target.device))
     if draft is not None:
-        drafters["model"] = ModelDrafter(draft, manager, vocab, eos_ids, noise, random, config.max_sl)
+        model = ModelDrafter(draft, manager, vocab, eos_ids, noise, random, config.max_sl)
+        drafters["model"] = model
+        equipment["model"] = Equipment(Load(target.device, model.loops), heads or {}, draft.hidden_size)
         if draft.vocab_size < vocab:
             raise ConfigError(
                 f"the vocabulary of draft {config.draft!r} has {draft.vocab_size} ids, the target's {vocab}: "
                 "the draft could not read every token"
             )
-    equipment = {name: Equipment(Load(target.device)) for name in drafters}
-    if draft is not None:
-        equipment["model"] = Equipment(Load(target.device), heads or {}, draft.hidden_size)
     options = options_of(config.policy, config.policy_options)
     default = "model" if draft is not None else "ngram" if drafters else "none"
     refused = {name: refusals(each) for name, each in equipment.items()}

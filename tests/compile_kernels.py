@@ -137,8 +137,8 @@ def goodput() -> None:
 
     from engine.speculation.policy import Outcome
 
-    for rows in (1, 5, 40):
-        twins = shipped.Twins(rows, 0)
+    for rows, seed in ((1, 0), (5, 1), (40, 0)):
+        twins = shipped.Twins(rows, seed)
         state = twins.states[1]
         shipped.launched.limit(state)
         shipped.launched.decide(twins.signals(1, torch.ones(rows, dtype=torch.bool)), state)

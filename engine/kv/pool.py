@@ -39,7 +39,7 @@ class KVPool:
         device: torch.device,
     ) -> None:
         slots = blocks * block_size
-        self.block_size = block_size
+        self.blocks, self.block_size = blocks, block_size
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         for layer, shape in shapes.items():

@@ -27,6 +27,8 @@ from engine.models.runner import Batch, Chunk
 from engine.models.selfcheck import UnsupportedModel
 from engine.models.staging import Staging
 
+_PROMPTS = (48, 1024)  # tokens: few, whose context is split among programs, and many
+
 log = logging.getLogger(__name__)
 
 
@@ -110,6 +112,10 @@ class FusedRunner:
         """Captures ahead what passes over up to `rows` rows of up to `longest` tokens will need."""
         if self.graphs is not None and rows > self.decodes:
             self.graphs.warm(rows, longest)
+        for tokens in _PROMPTS:  # compiles what reading short and long ones needs
+            blocks = -(-tokens // self.block_size)
+            if self._pool is not None and tokens <= self.context and blocks <= self._pool.blocks:
+                self._forward(Batch.pack([Chunk([0] * tokens, 0, list(range(blocks)), 1)], self.block_size))
 
     @torch.inference_mode()
     def _faster(self, blocks: int) -> int:

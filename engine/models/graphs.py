@@ -64,12 +64,13 @@ class PassGraphs:
         """Captures what decoding up to `rows` rows of up to `longest` tokens will need."""
         least = 0
         for most in _LONGEST:
+            likely = min(most, longest)
             for size in (size for size in _ROWS if size < 2 * rows and least < longest):
                 if torch.cuda.mem_get_info(self._device)[0] < SPARE:
                     log.warning("little memory is left: graphs are captured when they are first needed")
                     return
                 for tokens in _TOKENS:
-                    if size + least <= tokens <= max(bucket(min(size * most, _TOKENS[-1]), _TOKENS), 16):
+                    if size + least <= tokens <= max(bucket(min(size * likely, _TOKENS[-1]), _TOKENS), 16):
                         self._found(size, tokens, most)
             least = most
 

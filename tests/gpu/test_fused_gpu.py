@@ -192,7 +192,7 @@ def test_the_device_drafts_what_the_host_drafts() -> None:
     for loops in (True, False):
         made = engine(torch.float32)
         drafter: Any = made._parts.drafters["model"]
-        drafter._loops, drafter._loop = loops, drafter._loop if loops else None
+        drafter.loops, drafter._loop = loops, drafter._loop if loops else None
         seen: list[list[int]] = []
         begin = drafter.begin
 
@@ -201,7 +201,7 @@ def test_the_device_drafts_what_the_host_drafts() -> None:
 
             def waited() -> Any:
                 found = wait()
-                seen.extend(draft.tokens for draft in found)
+                seen.extend(draft.tokens for draft in found.rows)
                 return found
 
             return waited

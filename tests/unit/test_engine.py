@@ -481,7 +481,7 @@ def test_a_draft_with_a_short_context_stops_and_the_target_goes_on():
             at += len(event.token_ids)
         late = [event for event in result.events[1:] if not event.drafted and event.iterations]
         assert late[-2].stop_reason == "room"
-        assert (result.total("drafted") > 0) == (int(name) < 31)  # the first token comes without a draft
+        assert (result.total("drafted") > 0) == (int(name) < 32)  # the first token comes without a draft
 
 
 @pytest.mark.parametrize("width", [VOCAB - 4, VOCAB, VOCAB + 8])

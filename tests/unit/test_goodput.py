@@ -121,6 +121,23 @@ def test_a_step_that_others_pay_for_costs_a_row_only_its_margin() -> None:
     assert table.keep_drafting([rows[1]], signals(1, [low])) == [False]
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_where_a_step_costs_the_same_for_fewer_rows_the_last_ones_do_not_pay_for_it(flat: bool) -> None:
+    load = loaded(rows=4, token=0.0)
+    load.draft[1:5] = PASS * torch.tensor([0.05, 0.1, 0.2, 0.3])  # of four rows: 1.2 tokens
+    load.flat = flat
+    table = table_of(4, load)
+    rows = [sequence("goodput", name=name) for name in "abcd"]
+    for row in rows:
+        table.take(row)
+    table.limits(rows)
+    some = signals(1, [0.999, 0.05, 0.05, 0.999])
+    assert table.keep_drafting(rows, some) == [True, flat, flat, True]  # what is paid for anyway
+    last = signals(2, [0.999, 0.05, 0.05, 0.999])
+    last.alive = torch.tensor([True, False, False, False])
+    assert table.keep_drafting(rows, last) == [not flat, False, False, False]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(("token", "expected"), [(0.0, True), (5.0, False)])
 def test_verification_is_paid_for(count: int, token: float, expected: bool) -> None:
@@ -393,6 +410,7 @@ class Twins:
         draft = 0.05 + 0.3 * float(self.random(1))
         self.load = loaded(rows=rows, draft=draft, token=0.005, rate=1.5 * rows, device=DEVICE)
         self.load.draft[3:] += 0.3 * PASS * float(self.random(1))
+        self.load.flat = seed == 1
         slots = torch.randperm(9, generator=self.source)[:rows].to(DEVICE)
         self.states: list[GoodputState] = []
         for _ in range(2):

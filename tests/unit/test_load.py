@@ -60,3 +60,17 @@ def test_captured_readers_see_it_change_in_place() -> None:
     load.observe(1, 1, 0.5)
     load.refresh(made({(1, 1): 1.0}), made({(1, 1): 7.0}), 1)
     assert float(seen[0][1]) == 7.0 and float(seen[1]) == 2.0 and float(seen[2][1]) == 1.0
+
+
+def test_each_mix_of_policies_has_a_rate_of_its_own() -> None:
+    load = Load(CPU)
+    fast, slow = frozenset(["goodput"]), frozenset(["none"])
+    load.observe(2, 10, 0.01, fast)
+    load.observe(2, 2, 0.01, slow)
+    for mix, rate in ((fast, 1000.0), (slow, 200.0), (fast | slow, 0.0), (fast, 1000.0)):
+        load.refresh(Costs(), Costs(), 2, mix)
+        assert float(load.rate) == pytest.approx(rate)
+    for i in range(200):  # bounded: those not seen lately are forgotten
+        load.observe(1, 1, 0.5, frozenset([str(i)]))
+    load.refresh(Costs(), Costs(), 3, fast)
+    assert float(load.rate) == 0.0

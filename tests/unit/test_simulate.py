@@ -191,11 +191,15 @@ def _away(monkeypatch: pytest.MonkeyPatch, player: Player) -> None:
     )
 
 
-def _lag(by: int) -> Callable[[pytest.MonkeyPatch, Player], None]:
-    def mutate(monkeypatch: pytest.MonkeyPatch, player: Player) -> None:
-        monkeypatch.setattr(simulate, "SMALL_LAG", simulate.SMALL_LAG + by)
+def _unread(monkeypatch: pytest.MonkeyPatch, player: Player) -> None:
+    """The draft has not read the prompts."""
+    begin = simulate._Game.__init__
 
-    return mutate
+    def begun(game: simulate._Game, *args: object) -> None:
+        begin(game, *args)  # type: ignore[arg-type]
+        game._drafting = False
+
+    monkeypatch.setattr(simulate._Game, "__init__", begun)
 
 
 def _unlearned(monkeypatch: pytest.MonkeyPatch, player: Player) -> None:
@@ -208,8 +212,7 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch, Player], None]]] = {
     "the branch before": ("long", _branch(-1)),
     "the branch after": ("long", _branch(1)),
     "the step after": ("long", _away),
-    "lag + 1": ("static 8", _lag(1)),
-    "lag - 1": ("static 8", _lag(-1)),
+    "prompts not read": ("static 8", _unread),
     "no verdicts": ("heuristic", _unlearned),
 }
 

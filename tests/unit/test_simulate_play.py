@@ -10,7 +10,7 @@ import pytest
 from lossless.toy_heads import toy_heads
 from toy_traces import toy_trace
 
-from classifiers import traces
+from classifiers import simulate, traces
 from classifiers.chains import Chains
 from classifiers.simulate import Player, Rules, SimulateError
 from classifiers.step_costs import StepCosts
@@ -71,9 +71,23 @@ def test_where_the_trace_ends_a_chain_is_cut_and_counted() -> None:
     assert its.drafted.tolist() == [2, 5] and its.truncated.tolist() == [1, 0]
 
 
-def test_a_draft_that_has_not_read_the_prompt_catches_up_first() -> None:
+def rested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafting did not pay before these requests came."""
+    begin = simulate._Game.__init__
+
+    def begun(game: simulate._Game, *args: Any) -> None:
+        begin(game, *args)
+        game._drafting = False
+
+    monkeypatch.setattr(simulate._Game, "__init__", begun)
+
+
+def test_a_draft_that_has_not_read_the_prompt_catches_up_first(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = hand_made("+++++++++", branch=2, prompt=300)
     costs = StepCosts(0.1, ((1, 1.0),), catch_up=0.001)
+    read = made_player(trace, costs).play("static", options_of("static", {"sl": 2}), [0])
+    assert not read.caught_up.any() and read.drafted.tolist() == [2, 2, 1]  # beside the target
+    rested(monkeypatch)
     its = made_player(trace, costs).play("static", options_of("static", {"sl": 2}), [0])
     assert its.caught_up.tolist() == [256, 45, 0, 0] and its.drafted.tolist() == [0, 0, 2, 2]
     assert its.seconds[:2] == pytest.approx([1.256, 1.045])

@@ -30,7 +30,7 @@ class Places:
     masks: Tensor | None = None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "tokens", "splits"])  # they vary with every prompt
 def _attend(
     q,
     keys,
@@ -46,6 +46,7 @@ def _attend(
     masks,
     scale,
     tokens,
+    splits,
     WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -55,11 +56,11 @@ def _attend(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile, head = tl.program_id(0), tl.program_id(1)
-    row, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+    row, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     length = tl.load(lengths + row)
     if tile * ROWS < length * FOLD:
         start, begin = tl.load(starts + row), tl.load(begins + row).to(tl.int64)
@@ -78,8 +79,8 @@ def _attend(
         if WINDOW > 0:
             low = tl.maximum(start + tile * ROWS // FOLD - WINDOW + 1, 0)
         steps = tl.cdiv(high - low, STEP)
-        first = low + steps * split // SPLITS * STEP
-        end = tl.minimum(low + steps * (split + 1) // SPLITS * STEP, high)
+        first = low + steps * split // splits * STEP
+        end = tl.minimum(low + steps * (split + 1) // splits * STEP, high)
         if HAS_MASK:
             mask = tl.load(masks + line, real, 0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -112,7 +113,7 @@ def _attend(
             acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             top = higher
         o_at = (line * heads + head * FOLD + member)[:, None] * DIM + d[None]
-        if SPLITS == 1:
+        if not SPLIT:
             result = acc / tl.where(real, total, 1.0)[:, None]
             tl.store(out + o_at, result.to(out.dtype.element_ty), real[:, None] & inside[None])
         else:
@@ -123,17 +124,17 @@ def _attend(
             tl.store(stats + s_at + 1, total, real)
 
 
-@triton.jit
-def _combine(part, stats, out, heads, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _combine(part, stats, out, heads, splits, DIM: tl.constexpr, WIDTH: tl.constexpr):
     line = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
     size = tl.num_programs(0).to(tl.int64) * heads
     d = tl.arange(0, WIDTH)
     best = float("-inf")
-    for i in range(SPLITS):
+    for i in range(splits):
         best = tl.maximum(best, tl.load(stats + (i * size + line) * 2))
     total = 0.0
     acc = tl.zeros([WIDTH], tl.float32)
-    for i in range(SPLITS):
+    for i in range(splits):
         weight = tl.exp2(tl.load(stats + (i * size + line) * 2) - best)
         total += weight * tl.load(stats + (i * size + line) * 2 + 1)
         acc += weight * tl.load(part + (i * size + line) * DIM + d, d < DIM, 0.0)
@@ -184,6 +185,7 @@ def attend(
         places.starts if places.masks is None else places.masks,
         scaling * 1.4426950408889634,
         tokens,
+        splits,
         WINDOW=window or 0,
         HAS_MASK=places.masks is not None,
         KV_HEADS=kv_heads,
@@ -193,10 +195,10 @@ def attend(
         ROWS=size,
         STEP=step,
         BLOCK=block_size,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         num_warps=4,
     )
     if splits > 1:
-        _combine[(tokens, heads)](part, stats, out, heads, DIM=dim, WIDTH=width, SPLITS=splits, num_warps=1)
+        _combine[(tokens, heads)](part, stats, out, heads, splits, DIM=dim, WIDTH=width, num_warps=1)
     return out

@@ -33,7 +33,8 @@ def _kind(temperatures, slot, mask, EDGES: tl.constexpr):
 def _decide(
     alive, mine, largest, step_at, slots, temperatures, logs, chance, bounds, draft_price, verify_price,
     rows_at, keep, logs_stride, chance_stride, top_m, top_tokens, n, EDGES: tl.constexpr,
-    EASY: tl.constexpr, ROWS: tl.constexpr, BOUNDS: tl.constexpr, HALF: tl.constexpr, HALVINGS: tl.constexpr,
+    EASY: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, BOUNDS: tl.constexpr, HALF: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, ROWS)
     here = i < n
@@ -56,7 +57,8 @@ def _decide(
     tokens = tl.minimum((tl.load(rows_at) + step * count).to(tl.int32), top_tokens)
     m = _rank(worth, drew, i)
     more = tl.load(verify_price + tl.minimum(tokens + m, top_tokens)) - tl.load(verify_price + tokens)
-    price = tl.load(draft_price + tl.minimum(m, top_m)) + more
+    paid = m * 0 + n if FLAT else m
+    price = tl.load(draft_price + tl.minimum(paid, top_m)) + more
     chosen = _best(worth, drew, i, m, price)
     tl.store(keep + i, chosen.to(tl.int8), here)
 
@@ -224,19 +226,21 @@ def decide(
     keep: Tensor,
     edges: tuple[float, ...],
     easy: float,
+    flat: bool,
 ) -> None:
     """Who drafts on, into keep bool[B]; the log-products of this step, into logs [slots, 64].
 
     alive, mine bool[B], largest float32[B], step int64[], slots int64[B] (each row's own, padding apart),
     temperatures float32[slots], chance and bounds as `Curve` has them, prices float32 by rows and by
-    tokens, rows float32[]; `easy`: what a token is worth to a sampled row. At most 64 rows.
+    tokens, rows float32[]; `easy`: what a token is worth to a sampled row; `flat`: B rows are paid for
+    while any drafts. At most 64 rows.
     """
     n, size = keep.shape[0], triton.next_power_of_2(keep.shape[0])
     halvings = bounds.shape[0].bit_length()
     _decide[(1,)](
         alive.view(torch.int8), mine.view(torch.int8), largest, step, slots, temperatures, logs, chance,
         bounds, draft_price, verify_price, rows, keep.view(torch.int8), logs.stride(0), chance.stride(0),
-        draft_price.shape[0] - 1, verify_price.shape[0] - 1, n, EDGES=edges, EASY=easy,
+        draft_price.shape[0] - 1, verify_price.shape[0] - 1, n, EDGES=edges, EASY=easy, FLAT=flat,
         ROWS=size, BOUNDS=bounds.shape[0], HALF=1 << (halvings - 1), HALVINGS=halvings,
         num_warps=1 if size < 32 else 4,
     )  # fmt: skip

@@ -63,7 +63,15 @@ def agreed(drafted: Seq[int], chosen: Seq[int]) -> int:
     return accepted
 
 
-Drafts = Callable[[], list[RowDraft]]
+@dataclass
+class Drafted:
+    """What came of a draft: a chain for each row, and what steps of it cost, (rows, seconds) each."""
+
+    rows: list[RowDraft]
+    steps: list[tuple[int, float]] = field(default_factory=list)
+
+
+Drafts = Callable[[], Drafted]
 """Waits for the drafts."""
 
 
@@ -72,8 +80,12 @@ class Drafter(Protocol):
         """The most tokens that the drafter could propose for the row now (its context; 0 if it lags)."""
         ...
 
-    def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
-        """Fills the drafter's own KV of rows that lag too far to draft, `budget` tokens in all."""
+    def lags(self, seq: Sequence) -> bool:
+        """Whether the drafter's own KV is too far behind to draft for the row."""
+        ...
+
+    def read(self, rows: Seq[tuple[Sequence, int]], budget: int) -> None:
+        """Fills the drafter's own KV with the first so many tokens of each row; `budget` tokens in all."""
         ...
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Set
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from engine.models.kernels.choose import Chooser, Laws
 from engine.models.runner import Batch, Chunk
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
 from engine.speculation.drafters.inputs import NARROW, WIDE, parts
 from engine.speculation.noise import coupled_state, draws_state
 from engine.speculation.policy import Need, Signals
@@ -177,7 +177,7 @@ class Lane:
                 log.warning("no memory for the draft loop of %d rejecting rows: the host drafts", self._size)
         return self._kept is not None
 
-    def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
+    def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Drafts:
         names = self.table.asked({row.policy for row in rows})
         graphs = self.graph(names, not all(row.coupled for row in rows))
         starts = [row.draft_kv_len for row in rows]
@@ -226,10 +226,12 @@ class Lane:
             blocks = row.blocks
             to["tables"][i, : len(blocks)] = blocks
 
-    def _finish(self, graph: torch.cuda.CUDAGraph, rows: Seq[Sequence]) -> list[RowDraft]:
+    def _finish(self, graph: torch.cuda.CUDAGraph, rows: Seq[Sequence]) -> Drafted:
         answer = self._answer_host.numpy()
+        times: list[float] = []
         while True:
             self._wait()
+            times.append(time.perf_counter())
             if answer[2] == 0:
                 break
             graph.replay()
@@ -247,7 +249,9 @@ class Lane:
                 assert self._kept is not None
                 kept = self._kept.view(-1, self._vocab), i * self._most_sl, row.params.temperature
             drafts.append(RowDraft(tokens, kept=kept, stop_reason=REASONS[answer[4 + size + i]]))
-        return drafts
+        # The host may have come late to the first answer; from the second on it waits for the device.
+        steady = len(times) - 2
+        return Drafted(drafts, [(self._size, (times[-1] - times[1]) / steady)] if steady > 0 else [])
 
     def _wait(self) -> None:
         """Until the newest replay has told its answer. A fault on the device is raised here."""

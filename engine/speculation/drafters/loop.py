@@ -11,7 +11,6 @@ counter and keep the logits that they sampled from.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -22,7 +21,7 @@ from engine.models.kernels.advance import MOST_SL
 from engine.sampling import unadjusted
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.base import Drafts
 from engine.speculation.drafters.lane import Lane
 
 MOST_ROWS = 64
@@ -47,7 +46,7 @@ class DraftLoop:
         return all(row.coupled for row in rows) or self._lane(len(rows)).keeps()
 
     @torch.inference_mode()
-    def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Callable[[], list[RowDraft]]:
+    def begin(self, rows: Seq[Sequence], limits: Seq[int]) -> Drafts:
         """Queues the first step; the function returned queues the others and gives the drafts.
 
         The rows' `draft_kv_len` is right once it has returned.

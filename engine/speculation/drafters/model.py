@@ -1,11 +1,12 @@
 """The model drafter: a smaller model proposes a chain, token by token, over its own paged KV.
 
 It shares block ids with the target. `Sequence.draft_kv_len` says how much of its KV is there: it
-lags one token behind after a full acceptance and any number after SL=0, and catches up first.
+lags one token behind after a full acceptance and any number after SL=0, and reads those first.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,7 @@ from engine.models.runner import Batch, Chunk, Runner
 from engine.sampling import Place, scaled_logits
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable, powers_of_two
-from engine.speculation.drafters.base import Drafts, RowDraft
+from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
 from engine.speculation.features import signals
 from engine.speculation.noise import GumbelNoise, RandomSource
 from engine.speculation.policy import Need, Signals
@@ -25,7 +26,7 @@ from engine.speculation.policy import Need, Signals
 if TYPE_CHECKING:
     from engine.speculation.drafters.loop import DraftLoop
 
-SMALL_LAG = 16  # tokens that the first draft step feeds along; more is caught up first, in chunks
+SMALL_LAG = 16  # tokens that the first draft step feeds along; more is read first, in chunks
 
 
 class ModelDrafter:
@@ -43,24 +44,24 @@ class ModelDrafter:
     ) -> None:
         self.runner, self._blocks, self._vocab, self._eos_ids = runner, blocks, vocab, eos_ids
         self._noise, self._random, self._max_sl = noise, random, max_sl
-        self._loops = runner.device.type == "cuda" and hasattr(runner, "decode")
+        self.loops = runner.device.type == "cuda" and hasattr(runner, "decode")
         self._loop: DraftLoop | None = None
         # Whether rows with masks draft under them, step by step; the device's loop knows none.
-        self.mask_drafts = not self._loops
+        self.mask_drafts = not self.loops
 
     def room(self, seq: Sequence) -> int:
-        if self._lags(seq):
+        if self.lags(seq):
             return 0
         return max(0, self.runner.context - len(seq.tokens) + 1)
 
-    def _lags(self, seq: Sequence) -> bool:
+    def lags(self, seq: Sequence) -> bool:
         return len(seq.tokens) - seq.draft_kv_len > SMALL_LAG
 
-    def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
+    def read(self, rows: Seq[tuple[Sequence, int]], budget: int) -> None:
         chunks = []
-        for row in rows:
-            take = min(len(row.tokens) - 1 - row.draft_kv_len, budget)
-            if self._lags(row) and len(row.tokens) <= self.runner.context and take > 0:
+        for row, count in rows:
+            take = min(count - row.draft_kv_len, budget)
+            if take > 0 and len(row.tokens) <= self.runner.context:
                 start = row.draft_kv_len
                 row.draft_kv_len += take
                 chunks.append(Chunk(row.tokens[start : row.draft_kv_len], start, row.blocks, 0))
@@ -73,15 +74,18 @@ class ModelDrafter:
         masked = [i for i, row in enumerate(rows) if self.mask_drafts and row.constraint is not None]
         free = [i for i in range(len(rows)) if i not in set(masked)]
         # What filters cut is drafted all the same: q is free, and a step of the loop costs half as much.
-        if loop is not None and free and loop.takes([rows[i] for i in free]):
-            own = self.draft([rows[i] for i in masked], [limits[i] for i in masked], table)
-            wait = loop.begin([rows[i] for i in free], [limits[i] for i in free])
-            return lambda: _merged(masked, own, free, wait())
-        drafts = self.draft(rows, limits, table)
-        return lambda: drafts
+        if loop is None or not free or not loop.takes([rows[i] for i in free]):
+            drafted = self.draft(rows, limits, table)
+            return lambda: drafted
+        if not masked:
+            return loop.begin(rows, limits)
+        own = self.draft([rows[i] for i in masked], [limits[i] for i in masked], table)
+        wait = loop.begin([rows[i] for i in free], [limits[i] for i in free])
+        return lambda: _merged(masked, own, free, wait())
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
         """Compiles and captures on a GPU what drafting for up to `rows` rows under the policy needs."""
+        self.runner.warm(rows, 2)  # each row's newest token, and one before
         loop = self._device_loop(table)
         if loop is not None:
             for size in powers_of_two(min(rows, 64)):
@@ -89,21 +93,23 @@ class ModelDrafter:
 
     def _device_loop(self, table: PolicyTable) -> DraftLoop | None:
         """None where the runner has no kernels: the host drafts step by step."""
-        if self._loop is None and self._loops:
+        if self._loop is None and self.loops:
             from engine.speculation.drafters.loop import DraftLoop  # imports triton
 
             blocks = -(-self.runner.context // self._blocks.block_size) + 2
             self._loop = DraftLoop(cast(Any, self.runner), self._vocab, table, blocks, self._max_sl)
         return self._loop
 
-    def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
+    def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafted:
         drafts = [RowDraft() for _ in rows]
+        steps: list[tuple[int, float]] = []
         needs = table.needs(rows)
         joint = torch.ones(len(rows), dtype=torch.float32, device=self.runner.device)
         alive = list(range(len(rows)))
         step = 0
         while alive:
             step += 1
+            drafting, begin = len(alive), time.perf_counter()
             logits = self._forward([self._chunk(rows[i], drafts[i]) for i in alive])
             tokens, able = self._choose(logits, [rows[i] for i in alive], [drafts[i] for i in alive])
             if not all(able):
@@ -122,7 +128,9 @@ class ModelDrafter:
                     if not more:
                         drafts[i].stop_reason = "policy"
             alive = [i for i in alive if drafts[i].stop_reason is None and step < limits[i]]
-        return drafts
+            if step > 1:  # the first one reads what the draft lacks, too
+                steps.append((drafting, time.perf_counter() - begin))
+        return Drafted(drafts, steps)
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         batch = Batch.pack(chunks, self._blocks.block_size)
@@ -191,9 +199,7 @@ class ModelDrafter:
         )
 
 
-def _merged(
-    some: list[int], first: list[RowDraft], others: list[int], second: list[RowDraft]
-) -> list[RowDraft]:
+def _merged(some: list[int], first: Drafted, others: list[int], second: Drafted) -> Drafted:
     """The drafts in the order of their rows."""
-    drafts = dict(zip([*some, *others], [*first, *second], strict=True))
-    return [drafts[i] for i in range(len(drafts))]
+    drafts = dict(zip([*some, *others], [*first.rows, *second.rows], strict=True))
+    return Drafted([drafts[i] for i in range(len(drafts))], [*first.steps, *second.steps])

@@ -7,6 +7,7 @@ No model and no KV; q is one-hot. Its signals are the shares of what followed th
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence as Seq
 
@@ -14,7 +15,7 @@ import torch
 
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import Drafts, RowDraft
+from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
 from engine.speculation.features import TOP
 from engine.speculation.ngrams import NgramIndex
 from engine.speculation.policy import Signals
@@ -27,15 +28,22 @@ class NgramDrafter:
     def room(self, seq: Sequence) -> int:
         return 1 << 30
 
-    def catch_up(self, rows: Seq[Sequence], budget: int) -> None:
-        return None  # it has no KV; draft() keeps the index up
+    def lags(self, seq: Sequence) -> bool:
+        return False  # it has no KV; draft() keeps the index up
+
+    def read(self, rows: Seq[tuple[Sequence, int]], budget: int) -> None:
+        return None
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
         return None
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
+        begin = time.perf_counter()
         drafts = self.draft(rows, limits, table)
-        return lambda: drafts
+        steps = max(len(draft.tokens) for draft in drafts)
+        each = (time.perf_counter() - begin) / max(steps, 1)
+        drafted = Drafted(drafts, [(len(rows), each)] * steps)
+        return lambda: drafted
 
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
         for row in rows:

@@ -81,7 +81,8 @@ class Goodput(StopPolicy):
     that the batch emits in a second. The m rows of largest S draft on, with the m that makes
     sum(S_i) - r (draft(m) + verify(T + m) - verify(T)) largest, T the tokens to be verified so far; none
     if that is not positive. S comes from `engine.speculation.estimator`, learned from all requests'
-    verdicts, apart by temperature; costs and r are the engine's, as measured.
+    verdicts, apart by temperature; costs and r are the engine's, as measured. Where a step costs the same
+    however few rows draft on (`Load.flat`), draft(m) is that of all rows that the draft began with.
 
     Where drafting does not pay at all, nothing is drafted: each row remembers what its drafts got and
     what they asked for, and drafts only while that is more than the batch would emit in that time
@@ -166,7 +167,8 @@ class Goodput(StopPolicy):
             return drew & (chance > price - state.verify_price.take(tokens))
         m = torch.arange(len(state.draft_price), device=drew.device)
         price = state.verify_price.take((tokens + m).clamp(max=TOKENS)) - state.verify_price.take(tokens)
-        return best(chance, drew, state.draft_price + price)
+        paid = m.clamp(max=0) + min(len(drew), len(m) - 1) if state.load.flat else m
+        return best(chance, drew, state.draft_price.take(paid) + price)
 
     def observe(self, outcome: Outcome, state: State) -> None:
         assert isinstance(state, GoodputState)
@@ -211,6 +213,7 @@ def _launch_decide(signals: Signals, state: GoodputState) -> Tensor:
         slots=state.rows, temperatures=state.temperatures, logs=state.tensors["logs"],
         chance=state.curve.chance, bounds=state.bounds, draft_price=state.draft_price,
         verify_price=state.verify_price, rows=state.load.rows, keep=keep, edges=EDGES, easy=_EASY,
+        flat=state.load.flat,
     )  # fmt: skip
     return keep
 
