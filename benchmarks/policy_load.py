@@ -111,6 +111,26 @@ def main() -> None:
             )
         record.save(args.json, {"pair": [args.target, args.draft], "tokens": args.tokens, "rows": rows})
         _show(rows, streams)
+    if args.plot is not None:
+        plot(rows, args.plot)
+
+
+def plot(rows: list[dict[str, Any]], to: Path) -> None:
+    """Throughput over that of the target alone, by streams."""
+    from matplotlib.figure import Figure
+
+    speeds = {(row["policy"], row["streams"]): median(row["tokens_per_second"]) for row in rows}
+    streams = sorted({row["streams"] for row in rows})
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        over = [speeds[policy, count] / speeds[ALONE, count] for count in streams]
+        axes.plot(streams, over, marker="o", label=policy, linewidth=3 if policy == "goodput" else 1)
+    axes.set(xscale="log", xlabel="streams", ylabel="tokens/s over target only")
+    axes.set_xticks(streams, [str(count) for count in streams], minor=False)
+    axes.legend()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=120)
 
 
 def _show(rows: list[dict[str, Any]], streams: int) -> None:
@@ -141,6 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, default=Path("out/policy_load.json"))
+    parser.add_argument("--plot", type=Path, help="a PNG of it (needs matplotlib)")
     return parser.parse_args()
 
 

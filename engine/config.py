@@ -26,7 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     target: str
     draft: str = "ngram"
-    policy: str = "heuristic"
+    policy: str = "goodput"
     policy_options: dict[str, Any] = {}
     heads: tuple[str, ...] = ()
     policy_state: str | None = None

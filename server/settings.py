@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         description="default (the shipped draft; taken if none is named and the target has one), "
         "ngram (taken otherwise), none, self:N or a model",
     )
-    policy: str = Field("heuristic", description="stop policy of requests that name none")
+    policy: str = Field("goodput", description="stop policy of requests that name none")
     policy_options: dict[str, Any] = Field({}, description="options of that policy, as JSON")
 
     head: Strings = Field([], description="trained heads of policies, files; the shipped ones are found")

@@ -246,4 +246,6 @@ async def test_every_other_policy_gives_the_targets_text(served: httpx.AsyncClie
         texts.append("".join(choice["text"] for event in events for choice in event["choices"]))
     assert texts[0] == texts[1]
     told = next(event["speculation"] for event in events if "speculation" in event)
-    assert (told["policy"], told["drafter"]) == (name, "model") and told["drafted"] > 0
+    assert (told["policy"], told["drafter"]) == (name, "model")
+    # these two weigh costs, and here a draft may cost as much as its target
+    assert told["drafted"] > 0 or name in ("goodput", "bandit")
