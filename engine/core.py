@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.constraints import constraint_of
+from engine.constraints import constraint_of, unburdened
 from engine.finish import cut, score_output, score_prompt
 from engine.flight import Flight, event_of
 from engine.measure import measured
@@ -80,7 +80,7 @@ class Engine:
             params, self._parts.grammars, self.info.eos_token_ids, self.info.vocab_size
         )
         seq = Sequence(
-            request=request,
+            request=unburdened(request),
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             coupled=params.temperature == 0
             or params.sampling_method == "coupled"

@@ -23,7 +23,8 @@ Words = NDArray[np.int32]
 """int32[ceil(V / 32)]: bit t % 32 of word t // 32 is whether token t is allowed."""
 
 _NO_TEXT = b"\xff"  # begins no UTF-8 text: what no grammar of texts can match
-_SLOWEST = 0.25  # seconds of CPU for one step of a matcher: ambiguous grammars take ever longer
+_USUAL = 0.01  # seconds of CPU that a step of a matcher may take
+_SLOWEST = 0.25  # beyond that, of all its steps: ambiguous grammars take ever longer
 _MOST_BYTES = 256 << 20  # of compiled grammars that are kept
 
 
@@ -68,12 +69,12 @@ class Allowed:
 
 
 class Matcher:
-    """One sequence's place in its grammar. `slow`: a step took so long that it had better end here."""
+    """One sequence's place in its grammar. `slow`: its steps took so long that it had better end here."""
 
     def __init__(self, compiled: xgrammar.CompiledGrammar, eos_ids: Seq[int]) -> None:
         self._matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=list(eos_ids) or None)
         self._width = -(-compiled.tokenizer_info.vocab_size // 32)
-        self.slow = False
+        self.slow, self._beyond = False, 0.0
         self._walked: list[int] = []  # beyond what is committed
         self._found: list[Allowed] = []  # after the first k of them, as far as it was asked
 
@@ -126,7 +127,8 @@ class Matcher:
         return self._found[len(self._walked)]
 
     def _watch(self, begin: float) -> None:
-        self.slow = self.slow or time.thread_time() - begin > _SLOWEST
+        self._beyond += max(0.0, time.thread_time() - begin - _USUAL)
+        self.slow = self.slow or self._beyond > _SLOWEST
 
 
 def allows(words: Words, token: int) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from engine.types import CompiledGrammar, GenerateRequest, InvalidRequest
 from server.context import Context
 from server.detokenize import TextStream
@@ -11,7 +9,7 @@ from server.generation import Choice, check_all
 from server.protocol.chat import ChatBody
 from server.reasoning import BEGIN, END
 from server.render import Prompt, room_left
-from server.structure import check_schemas, holds_calls, structure_of
+from server.structure import holds_calls, structure_of, tool_schemas
 from server.tools import CallParser, ToolFormat
 from server.turn import TurnReader
 
@@ -49,7 +47,8 @@ async def _grammar(
     try:
         return await context.grammars.compile(structure)
     except InvalidRequest:
-        await asyncio.to_thread(check_schemas, body)  # says it in the request's own terms
+        for schema in tool_schemas(body):  # says it in the request's own terms
+            await context.grammars.compile(schema)
         raise
 
 

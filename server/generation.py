@@ -12,13 +12,21 @@ from typing import Any, Literal
 import anyio
 
 from engine.client import EngineClient
-from engine.types import EngineUnavailable, GenerateRequest, RequestFailed, TokenEvent, TokenLogprob
+from engine.types import (
+    EngineUnavailable,
+    GenerateRequest,
+    InvalidRequest,
+    RequestFailed,
+    TokenEvent,
+    TokenLogprob,
+)
 from server.detokenize import TextStream
 from server.metrics import Metrics
 from server.render import Prompt
 from server.statistics import Speculated, total, usage
 from server.turn import Delta, TurnReader
 
+_MOST_GRAMMARS = 128 << 20  # bytes compiled, of all choices of a request
 Ending = Literal["stop", "length", "tool_calls"]
 
 
@@ -175,6 +183,13 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 async def check_all(engine: EngineClient, requests: Sequence[GenerateRequest]) -> None:
     """Raises InvalidRequest if the engine would refuse any of them. Runs nothing."""
+    grammars = sum(len(each.params.grammar.data) for each in requests if each.params.grammar is not None)
+    if grammars > _MOST_GRAMMARS:
+        message = (
+            f"{len(requests)} choices of this grammar take {grammars >> 20} MiB, at most "
+            f"{_MOST_GRAMMARS >> 20} MiB are taken: ask for fewer"
+        )
+        raise InvalidRequest(message, "n")
     for request in requests:
         await engine.check(request)
         await asyncio.sleep(0)  # thousands of long prompts: the streams of others go on in between

@@ -25,6 +25,7 @@ Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "stru
 
 _MOST_KEPT = 64 << 20  # bytes of compiled grammars
 _START_SECONDS = 120.0
+_TURNS = 3  # of the slowest grammars, that one waits for
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ class GrammarCompiler:
             raise _refused(structure, f"{size} bytes are too many: at most {self._max_bytes} are taken")
         key = _key(structure)
         if key not in self._kept:
-            async with self._turn:
+            await self._take_turn()
+            try:
                 if key not in self._kept:  # nobody else asked for the same meanwhile
                     self._keep(key, await self._compiled(key, structure))
+            finally:
+                self._turn.release()
         self._kept.move_to_end(key)
         found = self._kept[key]
         if isinstance(found, str):
@@ -81,6 +85,13 @@ class GrammarCompiler:
         """Ends the process. What is being compiled fails."""
         self._closed = True
         self._end()
+
+    async def _take_turn(self) -> None:
+        try:
+            async with asyncio.timeout(_TURNS * self._seconds if self._process else _START_SECONDS):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise EngineUnavailable("other grammars are being compiled: try again later") from error
 
     async def _compiled(self, key: str, structure: Structure) -> CompiledGrammar | str:
         connection = await self._ready()
@@ -99,6 +110,8 @@ class GrammarCompiler:
         except asyncio.CancelledError:
             self._end()  # an answer to nobody would be taken for the next one's
             raise
+        if answer.grown:
+            self._end()  # the next grammar starts another one
         return answer.refused if answer.refused is not None else CompiledGrammar(key, answer.data)
 
     async def _ready(self) -> Connection:
@@ -108,7 +121,7 @@ class GrammarCompiler:
             self._end()
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
-            arguments = (theirs, self._tokenizer, self._vocab_size())
+            arguments = (theirs, self._tokenizer, self._vocab_size(), self._seconds)
             self._process = context.Process(
                 target=_run, args=arguments, name="disco-serve-grammars", daemon=True
             )
@@ -142,10 +155,10 @@ class GrammarCompiler:
             connection.close()
 
 
-def _run(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def _run(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size: int, seconds: float) -> None:
     from server.grammar_worker import main  # imports torch, which the server itself does without
 
-    main(connection, tokenizer, vocab_size)
+    main(connection, tokenizer, vocab_size, seconds)
 
 
 def _exchange(connection: Connection, ask: bytes | None, seconds: float) -> Answer:

@@ -17,7 +17,8 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The compiled grammar, or why there is none."""
+    """The compiled grammar, or why there is none. `grown`: the process holds much memory since."""
 
     data: bytes = b""
     refused: str | None = None
+    grown: bool = False

@@ -42,6 +42,8 @@ def check_regex(pattern: str, *, in_json: bool = False) -> None:
             depth += 1
         elif char == ")":
             depth -= 1
+            if depth < 0:
+                raise _at(at, "')' without a '(' before it")
         elif char == "^" and not (_begins(pattern, at) or (depth == 0 and pattern[at - 1] == "|")):
             raise _at(at, "'^' is supported at the begin only")
         elif char == "$" and not (pattern[at + 1 :].strip(")") == "" or _before_bar(pattern, at, depth)):
@@ -49,6 +51,8 @@ def check_regex(pattern: str, *, in_json: bool = False) -> None:
         elif in_json and (char == '"' or char < " "):
             raise _at(at, f"{char!r} stands in a JSON string only escaped, which is not supported")
         at += size
+    if depth:
+        raise _at(len(pattern), f"{depth} '(' are not closed")
 
 
 def _at(position: int, why: str) -> Refused:

@@ -241,7 +241,7 @@ class _Normalizer:
             raise Refused(path, "'patternProperties' with other properties allowed is not supported")
         found |= names
         if more is None and "properties" not in found and "patternProperties" not in found:
-            more = True
+            more = "properties" not in node  # declared, if none: closed as any others are
         if more is not None:
             found["additionalProperties"] = (
                 False if more is False else self._schema(more, f"{path}.additionalProperties", depth + 1)

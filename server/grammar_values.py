@@ -109,8 +109,17 @@ def numbers(kind: str, node: dict[str, Any], path: str) -> dict[str, Any]:
     if kind == "number":
         if "multipleOf" in node:
             raise Refused(path, "'multipleOf' is supported for the type integer only")
+        _check_range(node, path)
         return node
     return _integers(node, path)
+
+
+def _check_range(node: dict[str, Any], path: str) -> None:
+    low = max(node.get("minimum", -math.inf), node.get("exclusiveMinimum", -math.inf))
+    high = min(node.get("maximum", math.inf), node.get("exclusiveMaximum", math.inf))
+    open_end = low == node.get("exclusiveMinimum") or high == node.get("exclusiveMaximum")
+    if low > high or (low == high and open_end):
+        raise Refused(path, "no number lies between the bounds")
 
 
 def _integers(node: dict[str, Any], path: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from server.grammar_schema import normalized
 
 _MOST_MEMORY = 2 << 30  # bytes that compiling may add to the process
 _MOST_COMPILED = 16 << 20  # bytes of the result
+_GRACE = 5.0  # seconds
+_MUCH = 512 << 20  # bytes that are more than is given back: the process is to be replaced
 _WHITESPACE = 2  # the longest run between two tokens of JSON: an answer of blanks alone would never end
 _TRIAL_TOKENS = 64
 _SLOWEST = 0.1  # seconds of CPU for one token
@@ -36,12 +38,16 @@ _CHARACTER = [1, 9, 1, 0, 31, 34, 34, 92, 92, 92, 92]
 _ORIGIN = re.compile(r"^\[[\d:]+\] \S+:\d+: (Check failed: \(.*?\) is false: )?", re.DOTALL)
 
 
-def main(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Says that it is ready by an empty answer, then answers until the other end closes."""
+def main(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size: int, seconds: float) -> None:
+    """Says that it is ready by an empty answer, then answers until the other end closes.
+
+    A grammar that takes much longer than `seconds` ends it, also where nobody is left to do so.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends us
     known = vocabulary(tokenizer, vocab_size)
     compiler = xgrammar.GrammarCompiler(known, max_threads=1, cache_enabled=False)
-    limit = psutil.Process().memory_info().vms + _MOST_MEMORY
+    process = psutil.Process()
+    limit, held = process.memory_info().vms + _MOST_MEMORY, process.memory_info().rss
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send_bytes(msgspec.msgpack.encode(Answer()))
@@ -50,7 +56,11 @@ def main(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size:
             ask = msgspec.msgpack.decode(connection.recv_bytes(), type=Ask)
         except EOFError:
             return
-        connection.send_bytes(msgspec.msgpack.encode(answer(compiler, ask)))
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)  # nobody handles it: it kills
+        found = answer(compiler, ask)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        grown = process.memory_info().rss > held + _MUCH
+        connection.send_bytes(msgspec.msgpack.encode(msgspec.structs.replace(found, grown=grown)))
 
 
 def answer(compiler: xgrammar.GrammarCompiler, ask: Ask) -> Answer:
@@ -60,9 +70,9 @@ def answer(compiler: xgrammar.GrammarCompiler, ask: Ask) -> Answer:
         data = compiled.serialize_json().encode()
     except Refused as error:
         return Answer(refused=str(error))
-    except MemoryError:
-        return Answer(refused="it takes too much memory to compile")
-    except (RuntimeError, ValueError, RecursionError) as error:
+    except (MemoryError, RuntimeError, ValueError, RecursionError) as error:
+        if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+            return Answer(refused=f"compiling it takes more than {_MOST_MEMORY >> 20} MiB of memory")
         return Answer(refused=_ORIGIN.sub("", str(error)).strip() or type(error).__name__)
     if len(data) > _MOST_COMPILED:
         return Answer(refused=f"it is too large: {len(data)} bytes compiled, at most {_MOST_COMPILED}")

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 from engine.types import InvalidRequest
 from server.grammar import Structure
-from server.grammar_regex import Refused
-from server.grammar_schema import normalized
 from server.protocol.chat import ChatBody
 from server.reasoning import BEGIN, END, Place
 from server.tools import ToolFormat
@@ -39,14 +37,14 @@ def structure_of(body: ChatBody, calls: ToolFormat | None, place: Place | None) 
     return _tag(_thought(_format(asked), place), asked.param)
 
 
-def check_schemas(body: ChatBody) -> None:
-    """Raises InvalidRequest that names the tool, if it is a tool's schema that has no grammar."""
-    for index, tool in enumerate(body.tools):
-        try:
-            normalized(tool.function.parameters or {})
-        except Refused as error:
-            param = f"tools[{index}].function.parameters"
-            raise InvalidRequest(f"'{param}': {error}", param, "invalid_grammar") from error
+def tool_schemas(body: ChatBody) -> list[Structure]:
+    """The tools' schemas, one by one: compiling them tells whose has no grammar."""
+    return [
+        Structure(
+            "json_schema", json.dumps(tool.function.parameters or {}), f"tools[{i}].function.parameters"
+        )
+        for i, tool in enumerate(body.tools)
+    ]
 
 
 def _calls(body: ChatBody, calls: ToolFormat, asked: Structure | None) -> Format:

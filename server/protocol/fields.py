@@ -111,11 +111,17 @@ TagText = Annotated[str, BeforeValidator(_tag_text), WithJsonSchema(_TAG_SCHEMA)
 Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH)]
 
 
+_MOST_CHARACTERS = 16384  # of all bad words: they are encoded between two tokens of other requests
+
+
 def word_tokens(words: Sequence[str], encode: Callable[[str], Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     """The token sequences of `bad_words`: each word as it begins a text and as it follows a space.
 
     `encode` adds no special tokens. Raises InvalidRequest for a word that has no tokens.
     """
+    if (size := sum(map(len, words))) > _MOST_CHARACTERS:
+        message = f"'bad_words' have {size} characters; at most {_MOST_CHARACTERS} are taken"
+        raise InvalidRequest(message, "bad_words")
     found: dict[tuple[int, ...], None] = {}  # in order, without duplicates
     for index, word in enumerate(words):
         bare = word.lstrip(" ") or word

@@ -230,7 +230,7 @@ def test_greedy_is_transformers_generate(engine: Engine, smollm2: Path, name: st
     kinds = MIX if name == MIXED else [EVERY[name]]
     tally = compare(engine, name, prompts, expected, FEW_TOKENS, GREEDY, kinds, batch)
     report(smollm2, [tally], prompts, expected)
-    assert tally.drafted > 0
+    assert tally.drafted > 0 or "goodput" in name  # a busy machine may tell it that drafts do not pay
 
 
 @pytest.mark.parametrize("kind", SEEDED)

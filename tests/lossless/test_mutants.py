@@ -23,7 +23,7 @@ from engine.models.runner import Chunk
 from engine.scheduler import PlanRow
 from engine.sequence import Sequence, TokenCounts
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.base import Drafted, RowDraft
 from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.noise import GumbelNoise, RandomSource, uniform
 from engine.speculation.verifier import Verifier
@@ -55,9 +55,9 @@ CONFIDENT = Case(PAIR, SamplingParams(max_tokens=4), spec(policy="confidence", t
 def test_a_policy_that_drops_a_sampled_token(monkeypatch: Patch):
     shipped = ModelDrafter.draft
 
-    def draft(self: ModelDrafter, *given: Any) -> list[RowDraft]:
+    def draft(self: ModelDrafter, *given: Any) -> Drafted:
         drafts = shipped(self, *given)
-        for one in drafts:
+        for one in drafts.rows:
             if one.stop_reason == "policy":
                 one.tokens.pop()
                 one.laws.pop()

@@ -23,7 +23,7 @@ from engine.models.load import load_tokenizer, tokenizer_sha256
 from engine.sequence import Sequence
 from engine.speculation import verifier
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.base import Drafted, RowDraft
 from engine.speculation.drafters.model import ModelDrafter
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams, TokenEvent
 
@@ -182,11 +182,9 @@ def proposed(monkeypatch: Patch, pair: Pair, request: GenerateRequest) -> set[in
     """Every token that the draft proposes while the request runs."""
     shipped, seen = ModelDrafter.draft, set[int]()
 
-    def draft(
-        self: ModelDrafter, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable
-    ) -> list[RowDraft]:
+    def draft(self: ModelDrafter, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafted:
         drafts = shipped(self, rows, limits, table)
-        seen.update(token for one in drafts for token in one.tokens)
+        seen.update(token for one in drafts.rows for token in one.tokens)
         return drafts
 
     monkeypatch.setattr(ModelDrafter, "draft", draft)

@@ -11,7 +11,7 @@ from engine.constraints import Constraint, constraint_of, tokens_allowed
 from engine.grammar import Grammars, allows
 from engine.sampling import Place, plain, scaled_logits, unadjusted
 from engine.sequence import Sequence
-from engine.speculation.drafters.base import RowDraft
+from engine.speculation.drafters.base import Drafted, RowDraft
 from engine.speculation.drafters.model import ModelDrafter
 from engine.types import GenerateRequest, InvalidRequest, SamplingParams, SpeculationParams
 
@@ -149,7 +149,7 @@ def test_other_rows_keep_the_devices_loop(monkeypatch: pytest.MonkeyPatch):
 
         def begin(self, rows: list[Sequence], limits: list[int]) -> object:
             taken.append([row.id for row in rows])
-            return lambda: [RowDraft(stop_reason="drafter") for _ in rows]
+            return lambda: Drafted([RowDraft(stop_reason="drafter") for _ in rows])
 
     rules = Rules(4, 3, "[abc]*")
     for masked, expected in ((True, {"free"}), (False, {"free", "bound"})):

@@ -48,6 +48,9 @@ def accepts(schema: Any, *texts: str) -> list[bool]:
         ({"type": "object", "required": ["b"]}, "$.required", "'b' is not in 'properties'"),
         ({"type": "object", "required": "b"}, "$.required", "must be a list"),
         ({"type": "object", "properties": []}, "$.properties", "must be an object, not array"),
+        ({"type": "string", "pattern": "(a"}, "$.pattern", "not closed"),
+        ({"type": "string", "pattern": "a)"}, "$.pattern", "without a '('"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0}, "$", "no number lies between"),
         ({"type": "object", "properties": {"a": False}}, "$.properties.a", "allows nothing"),
         (
             {"type": "object", "properties": {"a": 3}},
@@ -142,6 +145,7 @@ def test_deep_schemas_are_refused():
         ({"type": "object", "propertyNames": {"maxLength": 1}}, ['{"x":[]}'], ['{"xy":1}']),
         ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, ['"a"', "1"], ["null"]),
         ({"$ref": "#/properties/a", "properties": {"a": {"type": "null"}}, "$defs": {}}, [], []),
+        ({"type": "object", "properties": {}}, ["{}"], ['{"a": 1}']),
     ],
     ids=str,
 )
