@@ -93,8 +93,9 @@ class Engine:
             constraint=constraint,
         )
         if constraint is not None and constraint.at(seq, ()).state == "stuck":
-            param = "grammar" if params.grammar is not None else "allowed_token_ids"
-            raise InvalidRequest(constraint.failure, param)
+            given = (name for name in ("allowed_token_ids", "bad_words") if getattr(params, name))
+            blamed = next(given, "grammar")
+            raise InvalidRequest(constraint.failure, blamed, "no_token_allowed")
         self._arrivals += 1
         self._sequences[request.id] = seq
         self._scheduler.add(seq)

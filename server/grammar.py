@@ -25,6 +25,7 @@ Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "stru
 
 _MOST_KEPT = 64 << 20  # bytes of compiled grammars
 _START_SECONDS = 120.0
+_UNFIT = "structured output is not available for this model's tokenizer"
 _TURNS = 3  # of the slowest grammars, that one waits for
 
 
@@ -60,7 +61,7 @@ class GrammarCompiler:
         self._turn = asyncio.Lock()
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
-        self._closed = False
+        self._closed = self._unfit = False
 
     async def compile(self, structure: Structure) -> CompiledGrammar:
         """Raises InvalidRequest, which says where the grammar is wrong, and EngineUnavailable."""
@@ -68,6 +69,8 @@ class GrammarCompiler:
         if size > self._max_bytes:
             raise _refused(structure, f"{size} bytes are too many: at most {self._max_bytes} are taken")
         key = _key(structure)
+        if self._unfit:
+            raise _refused(structure, _UNFIT)
         if key not in self._kept:
             await self._take_turn()
             try:
@@ -95,6 +98,9 @@ class GrammarCompiler:
 
     async def _compiled(self, key: str, structure: Structure) -> CompiledGrammar | str:
         connection = await self._ready()
+        if self._unfit:
+            self._end()
+            return _UNFIT
         ask = msgspec.msgpack.encode(Ask(structure.kind, structure.text, _own(structure)))
         try:
             answer = await asyncio.to_thread(_exchange, connection, ask, self._seconds)
@@ -129,7 +135,10 @@ class GrammarCompiler:
             try:
                 await asyncio.to_thread(self._process.start)
                 theirs.close()
-                await asyncio.to_thread(_exchange, connection, None, _START_SECONDS)
+                unfit = (await asyncio.to_thread(_exchange, connection, None, _START_SECONDS)).refused
+                if unfit is not None:
+                    log.warning("no structured output: %s", unfit)
+                    self._unfit = True
             except (EOFError, OSError, TimeoutError) as error:
                 self._end()
                 raise EngineUnavailable("the grammar compiler does not start") from error

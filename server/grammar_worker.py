@@ -39,12 +39,16 @@ _ORIGIN = re.compile(r"^\[[\d:]+\] \S+:\d+: (Check failed: \(.*?\) is false: )?"
 
 
 def main(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size: int, seconds: float) -> None:
-    """Says that it is ready by an empty answer, then answers until the other end closes.
+    """Says by an empty answer that it is ready, or why it never is; then answers until the other end closes.
 
     A grammar that takes much longer than `seconds` ends it, also where nobody is left to do so.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends us
-    known = vocabulary(tokenizer, vocab_size)
+    try:
+        known = vocabulary(tokenizer, vocab_size)
+    except (RuntimeError, ValueError) as error:
+        connection.send_bytes(msgspec.msgpack.encode(Answer(refused=str(error))))
+        return
     compiler = xgrammar.GrammarCompiler(known, max_threads=1, cache_enabled=False)
     process = psutil.Process()
     limit, held = process.memory_info().vms + _MOST_MEMORY, process.memory_info().rss

@@ -92,6 +92,6 @@ async def test_a_bad_schema_is_told_by_its_tool(client: httpx.AsyncClient, gramm
     }
     error = await ask(client, 400, tool_choice="required", tools=[*TOOLS, wrong])
     assert error["param"] == "tools[2].function.parameters" and error["code"] == "invalid_grammar"
-    grammars.refuse = "city"  # for another reason, such as its size
+    grammars.refuse = "structural_tag"  # for another reason, such as its size
     error = await ask(client, 400, tool_choice="required")
     assert error["param"] == "tools" and error["code"] == "invalid_grammar"

@@ -234,7 +234,7 @@ def test_a_grammar_that_is_slow_to_follow_ends_its_request_alone(monkeypatch: py
 def test_masks_that_leave_nothing_to_begin_with_are_refused():
     engine = masked_engine(PAIR, EOS)
     for rules, param in (
-        (Rules(4, EOS, "ab", allowed=(1,)), "grammar"),
+        (Rules(4, EOS, "ab", allowed=(1,)), "allowed_token_ids"),
         (Rules(4, EOS, allowed=(1, 2), bad=((1,), (2,))), "allowed_token_ids"),
         (Rules(4, EOS, bad=((0,), (1,), (2,), (3,))), "bad_words"),
     ):
