@@ -14,6 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from engine.types import InvalidRequest
+from server.protocol import strict_json
 from server.tools import Tool, ToolCall, ToolFormat, format_for
 
 if TYPE_CHECKING:
@@ -177,8 +178,8 @@ class ChatTemplate:
         if not self._knowledge().objects:
             return text
         try:
-            value = json.loads(text or "{}")
-        except (ValueError, RecursionError):
+            value = strict_json.loads(text or "{}")
+        except ValueError:
             return text
         return value if isinstance(value, dict) else text
 

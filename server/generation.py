@@ -26,7 +26,7 @@ from server.render import Prompt
 from server.statistics import Speculated, total, usage
 from server.turn import Delta, TurnReader
 
-_MOST_GRAMMARS = 128 << 20  # bytes compiled, of all choices of a request
+_MOST_GRAMMARS = 256 << 20  # bytes compiled, of all choices of a request
 Ending = Literal["stop", "length", "tool_calls"]
 
 

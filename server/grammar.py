@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"]
 
-_MOST_KEPT = 64 << 20  # bytes of compiled grammars
+_MOST_KEPT = 256 << 20  # bytes of compiled grammars
 _START_SECONDS = 120.0
 _UNFIT = "structured output is not available for this model's tokenizer"
 _TURNS = 3  # of the slowest grammars, that one waits for

@@ -25,7 +25,7 @@ from server.grammar_regex import Refused, check_regex
 from server.grammar_schema import normalized
 
 _MOST_MEMORY = 2 << 30  # bytes that compiling may add to the process
-_MOST_COMPILED = 16 << 20  # bytes of the result
+_MOST_COMPILED = 64 << 20  # bytes of the result
 _GRACE = 5.0  # seconds
 _MUCH = 512 << 20  # bytes that are more than is given back: the process is to be replaced
 _WHITESPACE = 2  # the longest run between two tokens of JSON: an answer of blanks alone would never end

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -13,8 +10,8 @@ from starlette.requests import ClientDisconnect
 
 from engine.types import InvalidRequest
 from server.errors import CLIENT_GONE, ApiError
+from server.protocol import strict_json
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 B = TypeVar("B", bound=BaseModel)
 
 
@@ -46,47 +43,13 @@ def _too_large(limit: int) -> ApiError:
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON as RFC 8259 has it: no NaN, no overflow, no lone surrogates, no name twice in one object."""
+    """Strict JSON in UTF-8. Raises InvalidRequest."""
     try:
-        text = raw.decode("utf-8")
+        return strict_json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8: {error}", code="invalid_json") from error
-    try:
-        data = json.loads(
-            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_duplicates
-        )
-        if _SURROGATE.search(text):
-            json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except InvalidRequest:
-        raise
-    except UnicodeEncodeError as error:
-        message = "a string holds a lone surrogate, which is not a character"
-        raise InvalidRequest(message, code="invalid_json") from error
-    except RecursionError as error:
-        raise InvalidRequest("the JSON is nested too deeply", code="invalid_json") from error
     except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
-    return data
-
-
-def _no_constant(name: str) -> float:
-    raise InvalidRequest(f"{name} is not a JSON number", code="invalid_json")
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise InvalidRequest(f"the number {literal[:32]} is out of range", code="invalid_json")
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(f"the name {twice!r} comes twice in one object", code="invalid_json")
-    return data
 
 
 def validate(model: type[B], data: Any) -> B:

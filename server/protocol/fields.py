@@ -11,6 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from engine.types import InvalidRequest
+from server.protocol import strict_json
 from server.protocol.base import integral
 
 INT64 = 2**63
@@ -69,8 +70,8 @@ def _schema_text(value: Any) -> str:
     """A JSON schema, as an object or as its text, as text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            value = strict_json.loads(value)
+        except ValueError as error:
             raise InvalidRequest(f"not JSON: {error}", code="invalid_grammar") from error
     if not isinstance(value, dict | bool):
         raise InvalidRequest("a JSON schema is an object", code="invalid_grammar")
@@ -83,10 +84,6 @@ def _tag_text(value: Any) -> str:
     if not text.startswith("{"):
         raise InvalidRequest("a structural tag is an object", code="invalid_grammar")
     return text
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 _STOP_SCHEMA = {
