@@ -99,6 +99,7 @@ class Constraint:
             outlook = self.at(seq, draft.tokens[:k])
             if outlook.state != "open" or not allows(outlook.words, token):
                 keep = k + (outlook.state == "open")
+                draft.trimmed = len(draft.tokens) - keep
                 del draft.tokens[keep:], draft.laws[keep:]
                 return
 

@@ -273,7 +273,7 @@ class Engine:
                 if row.decodes and row.seq.drafter == name and not row.failed and table.learns(row.seq)
             ]
             if learning:
-                drafted, accepted = [len(r.draft.tokens) for r in learning], [r.accepted for r in learning]
+                drafted, accepted = [r.draft.drafted for r in learning], [r.accepted for r in learning]
                 table.observe([row.seq for row in learning], drafted, accepted)
 
     def _observe_costs(self, rows: list[PlanRow], flight: Flight) -> None:
@@ -328,7 +328,7 @@ class Engine:
             rows=len(rows),
             prefill_tokens=sum(row.tokens for row in rows if not row.decodes),
             emitted=sum(len(event.token_ids) for event in events),
-            drafted=sum(len(row.draft.tokens) for row in rows),
+            drafted=sum(row.draft.drafted for row in rows),
             accepted=sum(event.accepted for event in events),
             draft_seconds=flight.drafted - flight.begin if rows else 0.0,
             verify_seconds=flight.verified - flight.drafted if rows else 0.0,

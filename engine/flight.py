@@ -41,10 +41,10 @@ def event_of(row: PlanRow, flight: Flight) -> TokenEvent:
         policy="none" if seq.drafter == "none" else seq.policy,
         drafter=seq.drafter,
         iterations=int(not row.first),
-        drafted=len(row.draft.tokens),
+        drafted=row.draft.drafted,
         accepted=min(row.accepted, len(row.new)),
         stop_reason=row.draft.stop_reason,
-        draft_seconds=flight.drafted - flight.begin if row.draft.tokens else 0.0,
+        draft_seconds=flight.drafted - flight.begin if row.draft.drafted else 0.0,
         verify_seconds=0.0 if row.first else flight.verified - flight.drafted,
         cached_tokens=seq.cached_tokens if row.first else 0,
     )

@@ -23,20 +23,39 @@ Words = NDArray[np.int32]
 """int32[ceil(V / 32)]: bit t % 32 of word t // 32 is whether token t is allowed."""
 
 _NO_TEXT = b"\xff"  # begins no UTF-8 text: what no grammar of texts can match
-_USUAL = 0.01  # seconds of CPU that a step of a matcher may take
-_SLOWEST = 0.25  # beyond that, of all its steps: ambiguous grammars take ever longer
+USUAL_SECONDS = 0.01
+"""Of CPU, that a step of a matcher may take."""
+SLOWEST_SECONDS = 0.25
+"""Beyond that, of all steps of a matcher together: ambiguous grammars take ever longer."""
 _MOST_BYTES = 256 << 20  # of compiled grammars that are kept
+
+
+MARKERS = frozenset(
+    [
+        "<tool_call>",
+        "</tool_call>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "<|python_tag|>",
+        "<think>",
+        "</think>",
+    ]
+)
+"""Special tokens that are text all the same: grammars of calls and of thoughts are made of them."""
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TokenizerInfo:
     """What xgrammar must know of the target's tokenizer, for compiling and for matching alike.
 
-    Special tokens are given bytes that no text has: the detokenizer drops them, so that within a JSON
-    string they would not be what the grammar took them for. Raises ValueError for a tokenizer that
-    xgrammar cannot read.
+    Special tokens, but for `MARKERS`, are given bytes that no text has: the detokenizer drops them, so that
+    within a JSON string they would not be what the grammar took them for. Raises ValueError for a
+    tokenizer that xgrammar cannot read.
     """
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special = {token for token in special | {*tokenizer.all_special_ids} if token < vocab_size}
+    added = tokenizer.added_tokens_decoder
+    special = {token for token, each in added.items() if each.special} | {*tokenizer.all_special_ids}
+    special -= {token for token, each in added.items() if each.content in MARKERS}
+    special = {token for token in special if token < vocab_size}
     eos = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else min(special, default=-1)
     if not 0 <= eos < vocab_size:
         raise ValueError("the tokenizer has no token that could end a text")
@@ -56,7 +75,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tokenizer
 def words_of(tokens: Seq[int], vocab_size: int) -> Words:
     """The words in which exactly these tokens are allowed."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
-    bits[list(tokens)] = 1
+    bits[slice(tokens.start, tokens.stop) if isinstance(tokens, range) else list(tokens)] = 1
     return np.packbits(bits, bitorder="little").view("<i4")
 
 
@@ -127,8 +146,8 @@ class Matcher:
         return self._found[len(self._walked)]
 
     def _watch(self, begin: float) -> None:
-        self._beyond += max(0.0, time.thread_time() - begin - _USUAL)
-        self.slow = self.slow or self._beyond > _SLOWEST
+        self._beyond += max(0.0, time.thread_time() - begin - USUAL_SECONDS)
+        self.slow = self.slow or self._beyond > SLOWEST_SECONDS
 
 
 def allows(words: Words, token: int) -> bool:

@@ -18,7 +18,7 @@ from engine.types import (
 )
 
 _MAX_LOGPROBS = 20
-_MAX_BAD_WORDS = 1024  # sequences of tokens
+_MAX_BAD_WORDS = 2048  # sequences of tokens: each word as it begins a text, and after a space
 
 
 def validate(request: GenerateRequest, info: ModelInfo) -> None:

@@ -59,9 +59,11 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
         finally:
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
-            await engine.close()
-            context.renderer.close()
-            context.grammars.close()
+            try:
+                await engine.close()
+            finally:
+                context.renderer.close()
+                context.grammars.close()
 
     app = FastAPI(
         title="disco-serve", version=ops.product_version(), lifespan=lifespan, redirect_slashes=False

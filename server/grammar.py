@@ -21,7 +21,7 @@ from server.grammar_messages import Answer, Ask
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"]
+Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag", "check"]
 
 _MOST_KEPT = 256 << 20  # bytes of compiled grammars
 _START_SECONDS = 120.0
@@ -32,6 +32,8 @@ _TURNS = 3  # of the slowest grammars, that one waits for
 @dataclass(frozen=True)
 class Structure:
     """What an answer must look like.
+
+    "check" compiles nothing: it tells whether a JSON schema can be followed.
 
     `text`: the schema as JSON, the regex, the choices as a JSON list, the EBNF, or xgrammar's structural
     tag as JSON; "" for json_object. `param`: the request's field, for errors.

@@ -167,12 +167,12 @@ class _Normalizer:
         return found
 
     def _check_cycle(self, ref: str, path: str) -> None:
-        seen = {ref}
+        seen = [ref]
         target = self._target(ref, path)
         while isinstance(target, dict) and "$ref" in target:
             if target["$ref"] in seen:
                 raise Refused(path, f"{ref!r} refers to nothing but itself")
-            seen.add(target["$ref"])
+            seen.append(target["$ref"])
             target = self._target(target["$ref"], path)
 
     # ---- by type

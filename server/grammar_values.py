@@ -76,7 +76,7 @@ def check_string(node: dict[str, Any], path: str) -> None:
         raise Refused(path, f"{names} together are not supported")
     if "pattern" in node:
         check_pattern(node["pattern"], f"{path}.pattern")
-    if "format" in node and node["format"] not in _FORMATS:
+    if "format" in node and not (isinstance(node["format"], str) and node["format"] in _FORMATS):
         known = ", ".join(sorted(_FORMATS))
         raise Refused(f"{path}.format", f"{node['format']!r} is not supported; supported: {known}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import resource
@@ -19,10 +20,12 @@ import xgrammar
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from engine.grammar import vocabulary
+from engine.grammar import SLOWEST_SECONDS, USUAL_SECONDS, vocabulary
 from server.grammar_messages import Answer, Ask
 from server.grammar_regex import Refused, check_regex
 from server.grammar_schema import normalized
+
+log = logging.getLogger(__name__)
 
 _MOST_MEMORY = 2 << 30  # bytes that compiling may add to the process
 _MOST_COMPILED = 64 << 20  # bytes of the result
@@ -30,7 +33,6 @@ _GRACE = 5.0  # seconds
 _MUCH = 512 << 20  # bytes that are more than is given back: the process is to be replaced
 _WHITESPACE = 2  # the longest run between two tokens of JSON: an answer of blanks alone would never end
 _TRIAL_TOKENS = 64
-_SLOWEST = 0.1  # seconds of CPU for one token
 # How xgrammar keeps [^"\\\r\n], a character of a string whose characters are counted, and what it is to be:
 # [^\x00-\x1f"\\], since JSON forbids every control character.
 _COUNTED = [1, 9, 1, 34, 34, 92, 92, 13, 13, 10, 10]
@@ -69,6 +71,9 @@ def main(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size:
 
 def answer(compiler: xgrammar.GrammarCompiler, ask: Ask) -> Answer:
     try:
+        if ask.kind == "check":
+            normalized(json.loads(ask.text))
+            return Answer()
         compiled = _compile(compiler, ask)
         _try_out(compiled)
         data = compiled.serialize_json().encode()
@@ -78,6 +83,9 @@ def answer(compiler: xgrammar.GrammarCompiler, ask: Ask) -> Answer:
         if isinstance(error, MemoryError) or "bad_alloc" in str(error):
             return Answer(refused=f"compiling it takes more than {_MOST_MEMORY >> 20} MiB of memory")
         return Answer(refused=_ORIGIN.sub("", str(error)).strip() or type(error).__name__)
+    except Exception as error:  # not foreseen, and this process must go on: others wait for it
+        log.exception("a %s cannot be read", ask.kind)
+        return Answer(refused=f"it cannot be read: {type(error).__name__}")
     if len(data) > _MOST_COMPILED:
         return Answer(refused=f"it is too large: {len(data)} bytes compiled, at most {_MOST_COMPILED}")
     return Answer(data)
@@ -158,7 +166,7 @@ def _follow(compiled: xgrammar.CompiledGrammar, choose: Callable[[NDArray[np.int
     matcher = xgrammar.GrammarMatcher(compiled)
     vocab = compiled.tokenizer_info.vocab_size
     words = np.empty((1, -(-vocab // 32)), dtype=np.int32)
-    token = -1
+    token, beyond = -1, 0.0
     for step in range(_TRIAL_TOKENS):
         begin = time.thread_time()
         matcher.fill_next_token_bitmask(words)
@@ -167,7 +175,8 @@ def _follow(compiled: xgrammar.CompiledGrammar, choose: Callable[[NDArray[np.int
             raise Refused(f"after {step} tokens", "nothing matches it")
         token = choose(allowed, token)
         matcher.accept_token(token)
-        if time.thread_time() - begin > _SLOWEST:
+        beyond += max(0.0, time.thread_time() - begin - USUAL_SECONDS)
+        if beyond > SLOWEST_SECONDS / 2:  # half of what ends a request
             raise Refused(f"after {step} tokens", "it is so ambiguous that following it takes too long")
         if matcher.is_terminated():
             return

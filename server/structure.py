@@ -38,12 +38,12 @@ def structure_of(body: ChatBody, calls: ToolFormat | None, place: Place | None) 
 
 
 def tool_schemas(body: ChatBody) -> list[Structure]:
-    """The tools' schemas, one by one: compiling them tells whose has no grammar."""
+    """The schemas that calls are held to, one by one: checking them tells whose cannot be followed."""
+    held = {tool.name for tool in body.callable() if body.forced or tool.strict}
     return [
-        Structure(
-            "json_schema", json.dumps(tool.function.parameters or {}), f"tools[{i}].function.parameters"
-        )
+        Structure("check", json.dumps(tool.function.parameters or {}), f"tools[{i}].function.parameters")
         for i, tool in enumerate(body.tools)
+        if tool.function.name in held
     ]
 
 

@@ -151,6 +151,7 @@ def test_an_old_structural_tag_cannot_be_part_of_more() -> None:
 
 def test_a_tools_schema_is_told_by_its_tool() -> None:
     other = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}
-    found = tool_schemas(body_of(tools=[*TOOLS, other]))
+    assert tool_schemas(body_of(tools=[*TOOLS, other])) == []  # calls are only offered
+    found = tool_schemas(body_of(tools=[*TOOLS, other], tool_choice="required"))
     assert [each.param for each in found] == [f"tools[{i}].function.parameters" for i in range(3)]
-    assert found[2].kind == "json_schema" and json.loads(found[2].text) == {"properties": {"a": {}}}
+    assert found[2].kind == "check" and json.loads(found[2].text) == {"properties": {"a": {}}}

@@ -221,7 +221,7 @@ def test_a_grammar_that_is_slow_to_follow_ends_its_request_alone(monkeypatch: py
     engine.add(free)
     engine.add(bound)
     events = engine.step()[0] + engine.step()[0]
-    monkeypatch.setattr("engine.grammar._SLOWEST", -1.0)
+    monkeypatch.setattr("engine.grammar.SLOWEST_SECONDS", -1.0)
     while engine.has_work():
         events += engine.step()[0]
     last = {event.id: event for event in events if event.finish_reason}

@@ -213,7 +213,7 @@ def test_what_is_no_mask_is_refused():
         ({"allowed_token_ids": (3,), "min_tokens": 1}, "allowed_token_ids"),
         ({"bad_words": ((),)}, "bad_words"),
         ({"bad_words": ((0, 9),)}, "bad_words"),
-        ({"bad_words": ((0,),) * 2000}, "bad_words"),
+        ({"bad_words": ((0,),) * 3000}, "bad_words"),
         ({"grammar": "root"}, "grammar"),
     ):
         with pytest.raises(InvalidRequest) as caught:

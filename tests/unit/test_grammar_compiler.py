@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.grammar import Grammars, allows, vocabulary
+from engine.grammar import MARKERS, Grammars, allows, vocabulary
 from engine.types import CompiledGrammar, EngineUnavailable, InvalidRequest
 from server.grammar import GrammarCompiler, Structure
+from server.reasoning import BEGIN, END
+from server.tools import names
+from server.tools.format import by_name
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +204,16 @@ async def test_nothing_is_compiled_after_the_end(tokenizer: PreTrainedTokenizerF
     one.close()
     with pytest.raises(EngineUnavailable):
         await one.compile(structure("regex", "a"))
+
+
+def test_markers_of_calls_are_text_in_a_grammar_though_they_are_special_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for name in names():
+        assert MARKERS.issuperset(filter(None, by_name(name).markers)), name
+    assert {BEGIN, END} <= MARKERS
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<tool>", "[TOOL_CALLS]"]})
+    texts = vocabulary(own, len(own)).decoded_vocab
+    assert texts[own.convert_tokens_to_ids("[TOOL_CALLS]")] == b"[TOOL_CALLS]"
+    assert texts[own.convert_tokens_to_ids("<tool>")].startswith(b"\xff")

@@ -49,6 +49,8 @@ def accepts(schema: Any, *texts: str) -> list[bool]:
         ({"type": "object", "required": "b"}, "$.required", "must be a list"),
         ({"type": "object", "properties": []}, "$.properties", "must be an object, not array"),
         ({"type": "string", "pattern": "(a"}, "$.pattern", "not closed"),
+        ({"type": "string", "format": ["uri"]}, "$.format", "not supported"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": {}}}}, "$.$ref", "only references"),
         ({"type": "string", "pattern": "a)"}, "$.pattern", "without a '('"),
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0}, "$", "no number lies between"),
         ({"type": "object", "properties": {"a": False}}, "$.properties.a", "allows nothing"),
@@ -251,7 +253,7 @@ def test_random_answers_validate(seed: int):
 def test_what_is_slow_to_follow_is_refused(monkeypatch: pytest.MonkeyPatch):
     asked = Ask("grammar", 'root ::= "a"*')
     assert answer(COMPILER, asked).refused is None
-    monkeypatch.setattr("server.grammar_worker._SLOWEST", -1.0)
+    monkeypatch.setattr("server.grammar_worker.SLOWEST_SECONDS", -1.0)
     assert "takes too long" in (answer(COMPILER, asked).refused or "")
 
 

@@ -26,7 +26,13 @@ class RowDraft:
     tokens: list[int] = field(default_factory=list)
     laws: list[Tensor] = field(default_factory=list)
     kept: tuple[Tensor, int, float] | None = None
+    trimmed: int = 0  # tokens that were drafted and are no more: they could not have stood
     stop_reason: str | None = None  # policy, cap, room, drafter; None if nothing was to be drafted
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that drafting gave."""
+        return len(self.tokens) + self.trimmed
 
     def law(self, k: int) -> Tensor | None:
         """float[V]: q of token k; None if it is one-hot."""
