@@ -30,6 +30,7 @@ def event_of(row: PlanRow, flight: Flight) -> TokenEvent:
     seq = row.seq
     if row.failed:
         return TokenEvent(id=seq.id, finish_reason="error", error=BAD_LOGITS)
+    refused = row.finish == "error"
     return TokenEvent(
         id=seq.id,
         token_ids=tuple(row.new),
@@ -37,7 +38,8 @@ def event_of(row: PlanRow, flight: Flight) -> TokenEvent:
         prompt_logprobs=tuple(seq.prompt_logprobs) if row.first and seq.prompt_logprobs else None,
         finish_reason=row.finish,
         stop_token_id=row.stop_token,
-        error=seq.constraint.failure if row.finish == "error" and seq.constraint is not None else None,
+        error=seq.constraint.failure if refused and seq.constraint is not None else None,
+        refused=refused,
         policy="none" if seq.drafter == "none" else seq.policy,
         drafter=seq.drafter,
         iterations=int(not row.first),

@@ -131,6 +131,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the EOS or stop id that ended it (it is the last of token_ids)
     error: str | None = None  # with finish_reason "error"
+    refused: bool = False  # with it: it is the request's own masks or grammar that cannot be followed
     policy: str = "none"  # the policy that decided, "none" without a drafter
     drafter: str = "none"
     iterations: int = 0

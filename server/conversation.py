@@ -112,4 +112,4 @@ def _parser(body: ChatBody, calls: ToolFormat | None) -> CallParser | None:
         return None
     names = [tool.name for tool in body.callable()]
     begun = body.continue_final_message and bool(body.messages[-1].text.strip())
-    return calls.parser(names, sure=holds_calls(body), begun=begun)
+    return calls.parser(names, sure=holds_calls(body), only=body.forced, begun=begun)

@@ -97,8 +97,11 @@ class Choice:
     def take(self, event: TokenEvent) -> Piece | None:
         """Takes one event in; None if it gives nothing to show yet.
 
-        Raises RequestFailed and EngineUnavailable if the event says that the engine gave up.
+        Raises RequestFailed and EngineUnavailable if the event says that the engine gave up, and
+        InvalidRequest if nothing can follow the request's own grammar and masks.
         """
+        if event.finish_reason == "error" and event.refused:
+            raise InvalidRequest(event.error or "nothing may follow", None, "no_token_allowed")
         if event.finish_reason == "error":
             raise RequestFailed(event.error or "the engine gave up this request")
         if event.finish_reason == "abort":

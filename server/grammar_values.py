@@ -25,6 +25,8 @@ _FORMATS = frozenset(
     ]
 )
 _MOST_REPEATS = 100_000
+_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"  # xgrammar's own lets zeros lead
+_IPV4 = rf"{_BYTE}(\.{_BYTE}){{3}}"
 
 
 def values(values: Any, types: Any, path: str) -> dict[str, Any]:
@@ -79,6 +81,9 @@ def check_string(node: dict[str, Any], path: str) -> None:
     if "format" in node and not (isinstance(node["format"], str) and node["format"] in _FORMATS):
         known = ", ".join(sorted(_FORMATS))
         raise Refused(f"{path}.format", f"{node['format']!r} is not supported; supported: {known}")
+    if node.get("format") == "ipv4":
+        del node["format"]
+        node["pattern"] = _IPV4
 
 
 def check_pattern(pattern: Any, path: str) -> None:

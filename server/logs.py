@@ -71,4 +71,9 @@ class RequestContext:
         # the route's template, never the raw path: labels must be bounded
         template = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.http_requests.labels(template, str(status)).inc()
-        log.info("%s %s %d %.1f ms", scope["method"], scope["path"], status, seconds * 1000)
+        log.info("%s %s %d %.1f ms", scope["method"], _one_line(scope["path"]), status, seconds * 1000)
+
+
+def _one_line(text: str) -> str:
+    """Without characters that a client could forge lines of a log with."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -11,7 +11,7 @@ import msgspec
 from fastapi import Request, Response
 from sse_starlette.sse import EventSourceResponse
 
-from server.errors import CLIENT_GONE, to_api_error
+from server.errors import CLIENT_GONE, ApiError, to_api_error
 
 T = TypeVar("T")
 
@@ -38,17 +38,22 @@ def _event(data: dict[str, Any]) -> bytes:
 
 async def plain(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     """The answer as one JSON body. A client that leaves meanwhile cancels the work on it."""
-    work = asyncio.create_task(answer)
+    return Response(msgspec.json.encode(await attended(request, answer)), media_type="application/json")
+
+
+async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. A client that leaves meanwhile cancels it: ApiError 499, which nobody reads."""
+    task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=CLIENT_GONE)
-        return Response(msgspec.json.encode(work.result()), media_type="application/json")
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_GONE, "the client left")
+        return task.result()
     finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -23,7 +23,7 @@ from server.protocol.completions import CompletionBody
 from server.protocol.examples import COMPLETION
 from server.render import Prompt
 from server.statistics import total
-from server.stream import plain, sse
+from server.stream import attended, plain, sse
 from server.turn import Delta
 
 router = APIRouter(tags=["generation"])
@@ -42,7 +42,7 @@ async def completions(request: Request) -> Response:
     answer = _Answer(context, body)
     special = body.add_special_tokens
     prompts = await context.renderer.prompts(body.prompt, info.max_model_len, special=special)
-    choices = await answer.choices(prompts)
+    choices = await attended(request, answer.choices(prompts))
     if body.stream:
         return sse(answer.chunks(choices), context.settings.shutdown_seconds)
     return await plain(request, answer.whole(choices))

@@ -25,7 +25,7 @@ from server.responses_chat import chat_body, renamed
 from server.responses_events import Event, Output, Status
 from server.responses_object import ResponseObject
 from server.responses_stream import named_events
-from server.stream import plain
+from server.stream import attended, plain
 
 router = APIRouter(tags=["generation"])
 
@@ -40,7 +40,7 @@ async def responses(request: Request) -> Response:
     body = await bodies.read(request, ResponsesBody, context.settings.max_body_bytes)
     context.check_model(body.model)
     answer = _Answer(context, body)
-    choice = await answer.choice()
+    choice = await attended(request, answer.choice())
     if body.stream:
         return named_events(answer.events(choice), context.settings.shutdown_seconds)
     return await plain(request, answer.whole(choice))

@@ -36,9 +36,12 @@ class ToolFormat:
         """What must stay in the text for the parser, also where it is a special token."""
         return (self.form.begin, self.form.end, *self.form.inner)
 
-    def parser(self, names: Collection[str], *, sure: bool = False, begun: bool = False) -> CallParser:
-        """Reads one answer. `sure`: a grammar holds it to the form; `begun`: it goes on with a text."""
-        return CallParser(self.form, names, self.new_id, sure=sure, begun=begun)
+    def parser(
+        self, names: Collection[str], *, sure: bool = False, only: bool = False, begun: bool = False
+    ) -> CallParser:
+        """Reads one answer. `sure`: a grammar holds it to the form, `only`: which has nothing but calls;
+        `begun`: it goes on with a text."""
+        return CallParser(self.form, names, self.new_id, sure=sure, only=only, begun=begun)
 
     def new_id(self) -> str:
         return f"call_{uuid4().hex[:24]}"

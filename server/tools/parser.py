@@ -62,10 +62,13 @@ class CallParser:
         new_id: Callable[[], str],
         *,
         sure: bool = False,
+        only: bool = False,
         begun: bool = False,
     ) -> None:
-        """`begun`: the answer goes on with a text that is there already."""
+        """`only`: a grammar has nothing but calls, and what a limit cuts off between or in the head of two
+        is no content. `begun`: the answer goes on with a text that is there already."""
         self._form, self._names, self._new_id, self._sure = form, frozenset(names), new_id, sure
+        self._only = only
         self._buffer = ""
         self._space = ""  # whitespace that is content only if content follows
         self._begun = begun  # there was content or a call
@@ -84,7 +87,7 @@ class CallParser:
             pass
         if final and self._space and not self._after:
             self._told.append(self._space)
-        return self._told
+        return [each for each in self._told if not (self._only and isinstance(each, str))]
 
     def _outside(self, final: bool) -> bool:
         """Content up to the next call. False: no more to be had from the buffer."""

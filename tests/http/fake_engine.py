@@ -39,6 +39,7 @@ class FakeEngine:
         self.stall_after: int | None = None  # tokens, then silence until `go_on`
         self.die_after: int | None = None  # tokens, then EngineUnavailable
         self.fail_after: int | None = None  # tokens, then finish_reason "error"
+        self.masks_fail = False  # that it is the request's own masks' fault
         self.load_error: Exception | None = None
         self.hold_loading: asyncio.Event | None = None
         self.cached_tokens = 0
@@ -121,7 +122,8 @@ class FakeEngine:
             yield self._event(request, [], first=True, done=True, stop=False)
         for start in (0, *range(1, len(wanted), self.block)) if wanted else ():
             if self.fail_after is not None and start >= self.fail_after:
-                yield TokenEvent(id=request.id, finish_reason="error", error="the logits are NaN")
+                error = "nothing may follow" if self.masks_fail else "the logits are NaN"
+                yield TokenEvent(id=request.id, finish_reason="error", error=error, refused=self.masks_fail)
                 return
             if self.die_after is not None and start >= self.die_after:
                 self.state = "restarting"

@@ -14,6 +14,7 @@ from http_support import events_of, listening, running
 from test_bad_input import CHAT, GOOD, check_error
 
 from engine.types import EngineUnavailable
+from server.logs import _one_line
 
 ROUTES = [("/v1/completions", GOOD), ("/v1/chat/completions", CHAT)]
 
@@ -79,6 +80,47 @@ async def test_one_request_fails(
     *_, last = events_of(await client.post(path, json=body | {"stream": True}))
     assert "NaN" in last["error"]["message"]
     assert (await client.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+async def test_masks_that_leave_nothing_are_the_clients_fault(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
+    engine.fail_after, engine.masks_fail = 4, True
+    error = check_error(await client.post(path, json=body), 400)
+    assert error["code"] == "no_token_allowed" and "nothing may follow" in error["message"]
+    *_, last = events_of(await client.post(path, json=body | {"stream": True}))
+    assert last["error"]["code"] == "no_token_allowed"
+
+
+async def test_a_client_that_leaves_while_its_grammar_compiles_stops_that(
+    make_app: Callable[..., FastAPI], engine: FakeEngine
+) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def compile(structure: object) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    app = make_app()
+    app.state.context.grammars.compile = compile
+    async with listening(app) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = GOOD | {"structured_outputs": {"regex": "a"}}
+        content = httpx.Request("POST", "http://tiny", json=body).content
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: tiny\r\ncontent-length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
+        await asyncio.wait_for(begun.wait(), 10)
+        writer.close()
+        await asyncio.wait_for(ended.wait(), 10)
+    assert not engine.requests
+
+
+def test_a_path_cannot_forge_lines_of_the_log() -> None:
+    assert _one_line("/v1/ä\n\x1b[0m") == "/v1/ä\\n\\x1b[0m"
 
 
 async def test_our_own_fault_is_a_500_without_details(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -296,3 +296,15 @@ def test_mistral_ids() -> None:
     assert all(len(i) == 9 and i.isalnum() for i in (mistral.new_id(), mistral.template_id("call_1")))
     assert mistral.template_id("abcdefghi") == "abcdefghi"
     assert mistral.template_id("call_1") == mistral.template_id("call_1") != mistral.template_id("call_2")
+
+
+@pytest.mark.parametrize(
+    "cut", ["<tool_c", '<tool_call>[\n{"na', '<tool_call>[\n{"name": "f", "arguments": {}},\n']
+)
+def test_where_nothing_but_calls_may_come_a_cut_one_is_no_content(cut: str) -> None:
+    form = format_for("", "smollm2")
+    assert form is not None
+    for only in (False, True):
+        turn = TurnReader(form.parser(FUNCTIONS, sure=True, only=only), None)
+        read(turn, [cut])
+        assert bool(turn.content) == (not only) and len(turn.tool_calls) == cut.count("}},")

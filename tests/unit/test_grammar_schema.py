@@ -148,6 +148,7 @@ def test_deep_schemas_are_refused():
         ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, ['"a"', "1"], ["null"]),
         ({"$ref": "#/properties/a", "properties": {"a": {"type": "null"}}, "$defs": {}}, [], []),
         ({"type": "object", "properties": {}}, ["{}"], ['{"a": 1}']),
+        ({"type": "string", "format": "ipv4"}, ['"1.20.0.255"'], ['"1.20.006.3"', '"1.2.3.256"', '"1.2.3"']),
     ],
     ids=str,
 )
