@@ -17,7 +17,8 @@ HAS_CUDA_TORCH = $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_ava
 HAS_GPU = nvidia-smi >/dev/null 2>&1
 GPU_TORCH := torch>=2.11,<2.16
 CPU_TORCH := torch==2.13.0
-# For the interpreter in which tests run the GPU's kernels; a torch for GPUs brings its own.
+# For the interpreter in which tests run the GPU's kernels; a torch for GPUs brings its own. xgrammar brings
+# the newest, whose interpreter may not run them.
 CPU_TRITON := triton==3.7.1
 
 .DEFAULT_GOAL := help
@@ -84,5 +85,5 @@ $(STAMPS)/installed: pyproject.toml $(STAMPS)/torch
 
 $(STAMPS)/dev: $(STAMPS)/installed
 	$(PIP) install --editable ".[dev]"
-	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "$(CPU_TRITON)"
+	$(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is None)" || $(PIP) install "$(CPU_TRITON)"
 	touch $@
