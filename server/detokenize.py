@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from server.tools.text import held_back
+
 _CONTEXT = 8  # prompt tokens that tell the decoder whether the first space is part of the text
 
 
@@ -58,7 +60,8 @@ class TextStream:
         """Characters of `text` that no stop string can take back."""
         if self._ended or self.stopped or self._floor is None:
             return len(self.text)
-        return len(self.text) - _held_back(self.text[self._floor :], self._stop)
+        open_text = self.text[self._floor :]
+        return len(self.text) - max((held_back(open_text, stop) for stop in self._stop), default=0)
 
     @property
     def safe_tokens(self) -> int:
@@ -115,14 +118,3 @@ class TextStream:
         self.text = self.text[:length]
         del self.starts[bisect_left(self.starts, length) :]
         self.stopped = True
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that a stop string may begin with."""
-    longest = 0
-    for stop in stops:
-        for size in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:size]):
-                longest = size
-                break
-    return longest

@@ -11,11 +11,11 @@ from engine.types import InvalidRequest
 from server.protocol.base import Body
 from server.protocol.common import GenerationBody
 from server.protocol.fields import Only
+from server.protocol.messages import TEXT_ONLY
 from server.protocol.responses_input import Input, Item, MessageItem, pick
 from server.protocol.tools import MAX_TOOLS, Name
 
 _KEPT = "responses are not kept; send the whole conversation as 'input'"
-_TEXT_ONLY = "only text goes in and out"
 _NO_CACHE_CONTROL = "the server caches the beginnings of prompts by itself; see 'cache_salt'"
 _LOGPROBS = "message.output_text.logprobs"
 _ENCRYPTED = "reasoning.encrypted_content"
@@ -165,7 +165,7 @@ class ResponsesBody(GenerationBody):
         "prompt_cache_options": _NO_CACHE_CONTROL,
         "prompt_cache_retention": _NO_CACHE_CONTROL,
         "moderation": "the server does not moderate",
-        "image": _TEXT_ONLY,
+        "image": TEXT_ONLY,
         "access_programs": "the model has no such setting",
     }
 

@@ -10,11 +10,11 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from engine.types import InvalidRequest
 from server.protocol import body as bodies
 from server.protocol.base import Body
+from server.protocol.messages import TEXT_ONLY
 
 B = TypeVar("B", bound=Body)
 Status = Literal["in_progress", "completed", "incomplete"]
 
-_TEXT_ONLY = "only text goes in and out"
 _MESSAGE_PARTS = ("input_text", "output_text", "refusal")
 _ANSWERED = {"annotations", "logprobs"}  # of an earlier answer: they change nothing
 
@@ -36,7 +36,7 @@ def _part_text(part: Any, param: str, allowed: tuple[str, ...]) -> str:
     if not isinstance(kind, str):
         raise InvalidRequest("a content part must be an object with a 'type'", param)
     if kind not in allowed:
-        message = f"parts of type '{kind[:64]}' are not supported here: {_TEXT_ONLY} ({', '.join(allowed)})"
+        message = f"parts of type '{kind[:64]}' are not supported here: {TEXT_ONLY} ({', '.join(allowed)})"
         raise InvalidRequest(message, f"{param}.type", "unsupported_content")
     own = "refusal" if kind == "refusal" else "text"
     known = {"type", own} | (_ANSWERED if kind == "output_text" else set())
