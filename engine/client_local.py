@@ -15,7 +15,21 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from engine.client import EngineState
 from engine.config import EngineConfig
-from engine.messages import Abort, Add, Fault, FromEngine, LoadFailed, Ready, Refused, Stepped, Stop, ToEngine
+from engine.messages import (
+    Abort,
+    Add,
+    Fault,
+    FromEngine,
+    Grammar,
+    GrammarWanted,
+    LoadFailed,
+    Ready,
+    Refused,
+    Stepped,
+    Stop,
+    ToEngine,
+    unburdened,
+)
 from engine.types import EngineUnavailable, GenerateRequest, InvalidRequest, ModelInfo, StepStats, TokenEvent
 from engine.validate import validate
 from engine.worker import ClientGone, EngineCore, EngineFactory, import_factory, serve
@@ -30,8 +44,9 @@ StepListener = Callable[[StepStats, list[TokenEvent]], None]
 class _Stream:
     """The events of one open request on their way to its reader, and how it ends otherwise."""
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request_id = request.id
+        self.grammar = request.params.grammar
         self.items: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
 
 
@@ -89,8 +104,8 @@ class ClientBase:
         if self._state != "ready":
             raise self._unavailable()
         ticket = next(self._tickets)
-        self._send(Add(ticket, request))
-        stream = self._streams[ticket] = _Stream(request.id)
+        self._send(Add(ticket, unburdened(request)))
+        stream = self._streams[ticket] = _Stream(request)
         self._open_ids.add(request.id)
         try:
             while True:
@@ -113,6 +128,8 @@ class ClientBase:
             self._deliver_step(message)
         elif isinstance(message, Refused):
             self._end(message.ticket, InvalidRequest(message.message, message.param, message.code))
+        elif isinstance(message, GrammarWanted):
+            self._hand_over(message.key)
         elif isinstance(message, Ready):
             self._info, self._state, self._why = message.info, "ready", ""
         elif isinstance(message, LoadFailed):
@@ -132,6 +149,13 @@ class ClientBase:
                 listener(message.stats, message.events)
             except Exception:  # whoever counts must not stop those who read
                 log.exception("a step listener failed")
+
+    def _hand_over(self, key: str) -> None:
+        """Sends a grammar once for all that wait for it; none if they have left."""
+        for stream in self._streams.values():
+            if stream.grammar is not None and stream.grammar.key == key:
+                self._send(Grammar(stream.grammar))
+                return
 
     def _deliver_fault(self, message: Fault) -> None:
         self._why = message.reason

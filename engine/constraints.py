@@ -9,13 +9,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.grammar import Grammars, Matcher, Words, allows, words_of
-from engine.types import GenerateRequest, InvalidRequest, SamplingParams
+from engine.types import InvalidRequest, SamplingParams
 
 if TYPE_CHECKING:
     from engine.sequence import Sequence
@@ -112,7 +111,7 @@ class Constraint:
 def constraint_of(
     params: SamplingParams, grammars: Grammars | None, eos_ids: Seq[int], vocab_size: int
 ) -> Constraint | None:
-    """The request's masks, None if it has none but min_tokens'. Raises InvalidRequest."""
+    """The request's masks, None if it has none but min_tokens'. Raises InvalidRequest and Unread."""
     if params.grammar is None and params.allowed_token_ids is None and not params.bad_words:
         return None
     matcher = None
@@ -121,15 +120,6 @@ def constraint_of(
             raise InvalidRequest("structured output is not available for this model's tokenizer", "grammar")
         matcher = grammars.matcher(params.grammar)
     return Constraint(params, matcher, eos_ids, vocab_size)
-
-
-def unburdened(request: GenerateRequest) -> GenerateRequest:
-    """Without the compiled grammar's bytes, which its matcher does not need: choices may be many."""
-    params = request.params
-    if params.grammar is None:
-        return request
-    grammar = msgspec.structs.replace(params.grammar, data=b"")
-    return msgspec.structs.replace(request, params=msgspec.structs.replace(params, grammar=grammar))
 
 
 def tokens_allowed(words: Seq[Words], vocab_size: int, device: torch.device) -> Tensor:

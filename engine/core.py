@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.constraints import constraint_of, unburdened
+from engine.constraints import constraint_of
+from engine.drafting import Drafting
 from engine.finish import cut, score_output, score_prompt
 from engine.flight import Flight, event_of
 from engine.measure import measured
 from engine.models.runner import Batch, Chunk
-from engine.parts import Parts, build
+from engine.parts import Parts, build, target_lane
 from engine.scheduler import PlanRow, Scheduler
 from engine.sequence import Sequence
-from engine.speculation.control import PolicyTable
 from engine.speculation.costs import EngineCosts
-from engine.speculation.drafters.base import Drafter, Drafts
+from engine.speculation.drafters.base import Verdict
 from engine.speculation.memory import Memory
 from engine.speculation.policy import options_of
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
@@ -37,30 +37,27 @@ class Engine:
         self._config = config
         self._blocks = self._parts.blocks
         device = self._parts.target.device
-        self._tables = {
-            name: PolicyTable(config.max_num_seqs, device, equipment)
-            for name, equipment in self._parts.equipment.items()
-        }
+        self._drafting = Drafting(config, self._parts)
+        self._tables = self._drafting.tables
         self._scheduler = Scheduler(
-            self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._put_aside
+            self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._drafting.put_aside
         )
         state = config.policy_state
         self._memory = None if state is None else Memory(Path(state), self._tables, self._parts.pair)
         self._sequences: dict[str, Sequence] = {}
-        self.costs = (
-            measured(self._parts, config.max_num_seqs)
-            if parts is None or device.type == "cuda"
-            else EngineCosts()
-        )
-        self._drafting = dict.fromkeys(self._parts.drafters, True)  # whether any row did lately
+        if parts is None or device.type == "cuda":
+            self._drafting.costs = measured(self._parts, config.max_num_seqs)
         self._arrivals = 0
         self._flight: Flight | None = None
         self._overlaps = device.type == "cuda"
         self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
-        for name, drafter in self._parts.drafters.items():
-            self._tables[name].check(config.policy, options_of(config.policy, config.policy_options))
-            drafter.warm(self._tables[name], config.policy, config.max_num_seqs)
-            self._tables[name].warm(config.policy, config.max_num_seqs)
+        self._lane = target_lane(self._parts)
+        self._drafting.warm()
+
+    @property
+    def costs(self) -> EngineCosts:
+        """What draft steps and verifications cost, kept current."""
+        return self._drafting.costs
 
     # ---- requests
 
@@ -80,7 +77,7 @@ class Engine:
             params, self._parts.grammars, self.info.eos_token_ids, self.info.vocab_size
         )
         seq = Sequence(
-            request=unburdened(request),
+            request=request,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             coupled=params.temperature == 0
             or params.sampling_method == "coupled"
@@ -135,156 +132,70 @@ class Engine:
     def _begin(self) -> Flight:
         """Plans an iteration and queues what can be queued without an answer of the device."""
         begin = time.perf_counter()
-        rows = self._scheduler.plan(self._limits)
-        flight = Flight(rows, begin, self._begin_drafts(rows))
+        rows = self._scheduler.plan(self._drafting.limits)
+        flight = Flight(rows, begin, self._drafting.begin(rows))
         if rows and not flight.drafts:
-            flight.drafted = time.perf_counter()
-            flight.logits = self._run_target(rows)
+            self._run_target(rows, flight)
         return flight
 
     def _finish(self, flight: Flight) -> list[PlanRow]:
         """Waits for the drafts, verifies, commits: the rows, but for those that were aborted meanwhile."""
-        for chosen, wait in flight.drafts:
-            drafted = wait()
-            for row, draft in zip(chosen, drafted.rows, strict=True):
-                draft.stop_reason = draft.stop_reason or row.sl_reason
-                row.draft = draft
-                if row.seq.constraint is not None:
-                    row.seq.constraint.trim(row.seq, draft)
-            for count, seconds in drafted.steps:
-                self.costs.drafts[chosen[0].seq.drafter].observe(count, count, seconds)
+        self._drafting.finish(flight)
         rows = [row for row in flight.rows if row.seq.status == "running"]
         if rows:
             if flight.logits is None:
-                flight.drafted = time.perf_counter()
-                flight.logits = self._run_target(rows)
-            self._verify(rows, flight.logits)
+                self._run_target(rows, flight)
+            self._verify(rows, flight)
             flight.verified = time.perf_counter()
             for row in rows:
                 self._commit(row)
-            self._observe_costs(rows, flight)
+            self._drafting.observe_costs(rows, flight)
         return rows
 
-    def _limits(self, decoding: list[Sequence]) -> list[tuple[int, str | None]]:
-        """What each decoding row may draft: the policy's wish, within caps and the room that is left."""
-        wishes: dict[str, int] = {}
-        for name, table in self._tables.items():
-            mine = [seq for seq in decoding if seq.drafter == name]
-            if mine:
-                table.load.refresh(self.costs.drafts[name], self.costs.verify, len(decoding), _mix(decoding))
-                for seq in mine:
-                    if seq.slot < 0:
-                        table.take(seq)
-                asked = table.limits(mine)
-                wishes |= zip([seq.id for seq in mine], asked, strict=True)
-                self._drafting[name] = any(map(min, asked, [seq.max_sl for seq in mine]))
-        limits: list[tuple[int, str | None]] = []
-        for seq in decoding:
-            if seq.id not in wishes:
-                limits.append((0, None))
-                continue
-            # A draft of k emits up to k + 1 tokens and writes KV for the newest token and all k.
-            room = min(
-                seq.params.max_tokens - seq.generated - 1,
-                self.info.max_model_len - len(seq.tokens) - 1,
-                self._parts.drafters[seq.drafter].room(seq),
-            )
-            bounds = (wishes[seq.id], "policy"), (seq.max_sl, "cap"), (max(room, 0), "room")
-            limits.append(min(bounds, key=lambda bound: bound[0]))
-        return limits
-
-    def _begin_drafts(self, rows: list[PlanRow]) -> list[tuple[list[PlanRow], Drafts]]:
-        """A chain for every row that may draft; what lags too far is read instead."""
-        for row in rows:
-            row.draft.stop_reason = row.sl_reason
-        begun = []
-        for name, drafter in self._parts.drafters.items():
-            mine = [row for row in rows if row.decodes and row.seq.drafter == name]
-            lagging = [row.seq for row in mine if row.sl_reason == "room" and drafter.lags(row.seq)]
-            drafter.read([(seq, len(seq.tokens) - 1) for seq in lagging], self._parts.token_budget)
-            chosen = [row for row in mine if row.sl > 0]
-            if chosen:
-                limits = [row.sl for row in chosen]
-                begun.append((chosen, drafter.begin([row.seq for row in chosen], limits, self._tables[name])))
-        return begun
-
-    def _run_target(self, rows: list[PlanRow]) -> Tensor:
-        """One pass over pending and draft tokens; float[M, vocab], of which every row gets its part."""
-        prompts = self._prompts_to_read(rows)  # policies may be asked: before the device is busy
-        chunks = []
-        for row in rows:
-            seq = row.seq
-            tokens = seq.tokens[seq.kv_len : seq.kv_len + row.tokens] + row.draft.tokens
-            scored = seq.params.prompt_logprobs is not None and seq.kv_len < seq.prompt_len
-            # A chunk that does not sample gives its last logits all the same: they are checked for NaN.
-            wanted = len(tokens) if scored else len(row.draft.tokens) + 1
-            chunks.append(Chunk(tokens, seq.kv_len, seq.blocks, wanted))
-        batch = Batch.pack(chunks, self._blocks.block_size)
-        logits = self._parts.target.forward(batch)[:, : self.info.vocab_size]
-        for row, part in zip(rows, logits.split_with_sizes([chunk.logits for chunk in chunks]), strict=True):
+    def _run_target(self, rows: list[PlanRow], flight: Flight) -> None:
+        """Queues one pass over pending and draft tokens; of its logits [M, vocab] every row gets its part."""
+        flight.drafted, flight.passed = time.perf_counter(), rows
+        seqs, drafts = [row.seq for row in rows], [row.draft for row in rows]
+        if self._lane is not None and all(row.decodes for row in rows) and self._lane.takes(seqs, drafts):
+            counts = [len(draft.tokens) + 1 for draft in drafts]
+            flight.logits, flight.verdict = self._lane.begin(seqs, drafts)
+            flight.taught = self._drafting.teach_ahead(rows, self._lane.answer)
+        else:
+            prompts = self._drafting.prompts_to_read(rows)  # policies may be asked: before the device is busy
+            chunks = [_chunk(row) for row in rows]
+            counts = [chunk.logits for chunk in chunks]
+            batch = Batch.pack(chunks, self._blocks.block_size)
+            flight.logits = self._parts.target.forward(batch)[:, : self.info.vocab_size]
+            for drafter, begun in prompts:
+                drafter.read(begun, self._parts.token_budget)
+        for row, part in zip(rows, flight.logits.split_with_sizes(counts), strict=True):
             row.logits = part
-        for drafter, begun in prompts:
-            drafter.read(begun, self._parts.token_budget)
-        return logits
 
-    def _prompts_to_read(self, rows: list[PlanRow]) -> list[tuple[Drafter, list[tuple[Sequence, int]]]]:
-        """What drafters read beside the target, for those rows that will draft by all that is known."""
-        found = []
-        for name, drafter in self._parts.drafters.items():
-            mine = [
-                row
-                for row in rows
-                if not row.decodes and row.seq.drafter == name
-                if row.seq.max_sl > 0 and row.seq.params.max_tokens > 2 and self._drafts(row.seq)
-            ]
-            if mine:
-                found.append((drafter, [(row.seq, row.seq.kv_len + row.tokens) for row in mine]))
-        return found
-
-    def _drafts(self, seq: Sequence) -> bool:
-        """Whether its policy lets it draft; one that learns, if it let any row lately."""
-        table = self._tables[seq.drafter]
-        if table.learns(seq):
-            return self._drafting[seq.drafter]
-        if seq.slot < 0:
-            table.take(seq)
-        return table.limits([seq]) != [0]
-
-    def _verify(self, rows: list[PlanRow], logits: Tensor) -> None:
+    def _verify(self, rows: list[PlanRow], flight: Flight) -> None:
         """Verdicts for the rows that sample; the others are only checked for NaN."""
+        assert flight.logits is not None
         sampling = [row for row in rows if row.samples]
         if len(sampling) < len(rows):
             for row in rows:
                 row.failed = not row.samples and bool(_tail(row, 1).isnan().any())
         if not sampling:
             return
+        if flight.verdict is not None:  # also of rows that were aborted meanwhile
+            verdict, judged = flight.verdict(), flight.passed
+        else:
+            verdict, judged = self._verdict(sampling, flight.logits), sampling
+        for i, row in enumerate(judged):
+            row.accepted, row.next_token = verdict.accepted[i], verdict.next_token[i]
+            row.failed = verdict.failed[i]
+        if not flight.taught:
+            self._drafting.teach(sampling)
+
+    def _verdict(self, sampling: list[PlanRow], logits: Tensor) -> Verdict:
         tails = [_tail(row, len(row.draft.tokens) + 1) for row in sampling]
         if sum(map(len, tails)) < len(logits):
             logits = torch.cat(tails)
         seqs, drafts = [row.seq for row in sampling], [row.draft for row in sampling]
-        verdict = self._parts.verifier.verify(seqs, drafts, logits)
-        for i, row in enumerate(sampling):
-            row.accepted, row.next_token = verdict.accepted[i], verdict.next_token[i]
-            row.failed = verdict.failed[i]
-        for name, table in self._tables.items():
-            learning = [
-                row
-                for row in sampling
-                if row.decodes and row.seq.drafter == name and not row.failed and table.learns(row.seq)
-            ]
-            if learning:
-                drafted, accepted = [r.draft.drafted for r in learning], [r.accepted for r in learning]
-                table.observe([row.seq for row in learning], drafted, accepted)
-
-    def _observe_costs(self, rows: list[PlanRow], flight: Flight) -> None:
-        """Only of iterations without prefill: what verifying alone took, and what they gave."""
-        if all(row.decodes for row in rows):
-            emitted = sum(len(row.new) for row in rows)
-            for table in self._tables.values():
-                seconds = flight.verified - flight.begin
-                table.load.observe(len(rows), emitted, seconds, _mix([row.seq for row in rows]))
-            drafts = [len(row.draft.tokens) for row in rows]
-            self.costs.verify.observe(len(rows), len(rows) + sum(drafts), flight.verified - flight.drafted)
+        return self._parts.verifier.verify(seqs, drafts, logits)
 
     def _commit(self, row: PlanRow) -> None:
         """Moves the row on: KV lengths, tokens, and its end if it has come."""
@@ -313,13 +224,8 @@ class Engine:
 
     def _end(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
-        if seq.drafter in self._tables:
-            self._tables[seq.drafter].give_back(seq)
+        self._drafting.give_back(seq)
         del self._sequences[seq.id]
-
-    def _put_aside(self, seq: Sequence) -> None:
-        if seq.drafter in self._tables:
-            self._tables[seq.drafter].put_aside(seq)
 
     def _stats(
         self, rows: list[PlanRow], events: list[TokenEvent], flight: Flight, seconds: float
@@ -343,9 +249,13 @@ class Engine:
         )
 
 
-def _mix(seqs: list[Sequence]) -> frozenset[str]:
-    """Who stops the drafts of these rows."""
-    return frozenset("none" if seq.drafter == "none" else seq.policy for seq in seqs)
+def _chunk(row: PlanRow) -> Chunk:
+    """What the target reads of a row: what is pending, and its draft."""
+    seq = row.seq
+    tokens = seq.tokens[seq.kv_len : seq.kv_len + row.tokens] + row.draft.tokens
+    scored = seq.params.prompt_logprobs is not None and seq.kv_len < seq.prompt_len
+    # A chunk that does not sample gives its last logits all the same: they are checked for NaN.
+    return Chunk(tokens, seq.kv_len, seq.blocks, len(tokens) if scored else len(row.draft.tokens) + 1)
 
 
 def _tail(row: PlanRow, count: int) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from engine.scheduler import PlanRow
-from engine.speculation.drafters.base import Drafts
+from engine.speculation.drafters.base import Drafts, Verdict
 from engine.types import TokenEvent
 
 BAD_LOGITS = "the model gave NaN or infinite logits for this request"
@@ -22,7 +23,10 @@ class Flight:
     drafts: list[tuple[list[PlanRow], Drafts]]
     drafted: float = 0.0  # when the drafts were there and the target's pass was queued
     verified: float = 0.0
+    passed: list[PlanRow] = field(default_factory=list)  # the rows of the target's pass
     logits: Tensor | None = None
+    verdict: Callable[[], Verdict] | None = None  # waits for it, where it was begun with the pass
+    taught: bool = False  # policies have been told of it
 
 
 def event_of(row: PlanRow, flight: Flight) -> TokenEvent:

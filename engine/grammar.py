@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from xgrammar import TokenizerInfo, VocabType
 
+from engine.reading import Unread
 from engine.types import CompiledGrammar, InvalidRequest
 
 Words = NDArray[np.int32]
@@ -88,14 +89,19 @@ class Allowed:
 
 
 class Matcher:
-    """One sequence's place in its grammar. `slow`: its steps took so long that it had better end here."""
+    """One sequence's place in its grammar. `beyond`: seconds of CPU that its steps took beyond the usual."""
 
     def __init__(self, compiled: xgrammar.CompiledGrammar, eos_ids: Seq[int]) -> None:
         self._matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=list(eos_ids) or None)
         self._width = -(-compiled.tokenizer_info.vocab_size // 32)
-        self.slow, self._beyond = False, 0.0
+        self.beyond = 0.0
         self._walked: list[int] = []  # beyond what is committed
         self._found: list[Allowed] = []  # after the first k of them, as far as it was asked
+
+    @property
+    def slow(self) -> bool:
+        """Whether it had better end here."""
+        return self.beyond > SLOWEST_SECONDS
 
     def after(self, drafted: Seq[int]) -> Allowed | None:
         """What may follow the output and then `drafted`; None if the grammar forbids these or has ended."""
@@ -146,8 +152,7 @@ class Matcher:
         return self._found[len(self._walked)]
 
     def _watch(self, begin: float) -> None:
-        self._beyond += max(0.0, time.thread_time() - begin - USUAL_SECONDS)
-        self.slow = self.slow or self._beyond > SLOWEST_SECONDS
+        self.beyond += max(0.0, time.thread_time() - begin - USUAL_SECONDS)
 
 
 def allows(words: Words, token: int) -> bool:
@@ -163,23 +168,29 @@ class Grammars:
         self._bytes = 0
 
     def matcher(self, grammar: CompiledGrammar) -> Matcher:
-        """At the grammar's begin. Raises InvalidRequest for one of another tokenizer or version."""
-        compiled = self._kept.get(grammar.key)
-        if compiled is None:
-            compiled = self._read(grammar)
+        """At the grammar's begin. One that is not kept is read: raises Unread if it is without its bytes,
+        else as `read` does."""
+        if grammar.key not in self._kept:
+            if not grammar.data:
+                raise Unread(self, grammar.key)
+            self.keep(grammar.key, self.read(grammar.data))
         self._kept.move_to_end(grammar.key)
-        return Matcher(compiled, self._eos_ids)
+        return Matcher(self._kept[grammar.key], self._eos_ids)
 
-    def _read(self, grammar: CompiledGrammar) -> xgrammar.CompiledGrammar:
+    def read(self, data: bytes) -> xgrammar.CompiledGrammar:
+        """On any thread: others go on meanwhile. Raises InvalidRequest for another tokenizer or version."""
         try:
-            compiled = xgrammar.CompiledGrammar.deserialize_json(grammar.data.decode(), self._vocabulary)
+            return xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._vocabulary)
         except (RuntimeError, UnicodeDecodeError) as error:
             raise InvalidRequest(
                 f"grammar: not one that was compiled for this model: {error}", "grammar"
             ) from error
-        self._kept[grammar.key] = compiled
-        self._bytes += compiled.memory_size_bytes
+
+    def keep(self, key: str, compiled: xgrammar.CompiledGrammar) -> None:
+        """The newest is always kept."""
+        before = self._kept.pop(key, None)
+        self._kept[key] = compiled
+        self._bytes += compiled.memory_size_bytes - (before.memory_size_bytes if before else 0)
         while self._bytes > self._most_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= oldest.memory_size_bytes
-        return compiled

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.types import GenerateRequest, ModelInfo, StepStats, TokenEvent
+from engine.types import CompiledGrammar, GenerateRequest, ModelInfo, StepStats, TokenEvent
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
-    """Serve this request."""
+    """Serve this request. Its grammar is without its bytes, for which the engine asks if it lacks them."""
 
     ticket: int
     request: GenerateRequest
@@ -22,6 +22,12 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """Nobody reads this request any more. Unknown and finished tickets are ignored."""
 
     ticket: int
+
+
+class Grammar(msgspec.Struct, frozen=True, tag="grammar"):
+    """What a `GrammarWanted` asked for. One that nobody waits for any more is ignored."""
+
+    grammar: CompiledGrammar
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
@@ -49,6 +55,12 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str | None
 
 
+class GrammarWanted(msgspec.Struct, frozen=True, tag="grammar_wanted"):
+    """Requests were added whose grammar, of this key, the engine has not or no more: they wait for it."""
+
+    key: str
+
+
 class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
     """One step: `tickets[i]` is whom `events[i]` belongs to."""
 
@@ -64,9 +76,18 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
     tickets: list[int]
 
 
-ToEngine = Add | Abort | Stop
-FromEngine = Ready | LoadFailed | Refused | Stepped | Fault
+ToEngine = Add | Abort | Grammar | Stop
+FromEngine = Ready | LoadFailed | Refused | GrammarWanted | Stepped | Fault
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def unburdened(request: GenerateRequest) -> GenerateRequest:
+    """Without the compiled grammar's bytes: they may be many, and of as many choices the same."""
+    params = request.params
+    if params.grammar is None:
+        return request
+    grammar = msgspec.structs.replace(params.grammar, data=b"")
+    return msgspec.structs.replace(request, params=msgspec.structs.replace(params, grammar=grammar))

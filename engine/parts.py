@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import psutil
 import torch
@@ -33,6 +33,9 @@ from engine.speculation.noise import CounterDraws, GumbelNoise, RandomSource
 from engine.speculation.policy import Equipment, options_of, refusals
 from engine.speculation.verifier import Verifier
 from engine.types import ModelInfo
+
+if TYPE_CHECKING:
+    from engine.speculation.target_lane import TargetLane
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +221,17 @@ def assemble(
     )
     budget = config.token_budget or (2048 if target.device.type == "cuda" else 256)
     return Parts(target, drafters, Verifier(eos_ids, noise, random), manager, info, budget, equipment)
+
+
+def target_lane(parts: Parts) -> TargetLane | None:
+    """What runs short passes of the target with their verdict in one go; None where its kernel cannot run."""
+    if getattr(parts.target, "kernel", None) is None:
+        return None
+    from engine.speculation.target_lane import TargetLane  # imports triton
+
+    lane = TargetLane(cast(Any, parts.target), parts.info.vocab_size)
+    lane.warm()
+    return lane
 
 
 def _count_blocks(

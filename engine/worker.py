@@ -26,6 +26,8 @@ from engine.messages import (
     Add,
     Fault,
     FromEngine,
+    Grammar,
+    GrammarWanted,
     LoadFailed,
     Ready,
     Refused,
@@ -35,11 +37,13 @@ from engine.messages import (
     decode_to_engine,
     encode,
 )
+from engine.reading import Reading, Unread
 from engine.types import CannotLoad, GenerateRequest, InvalidRequest, ModelInfo, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 
 _POLL_MS = 1000  # the longest the loop sleeps without looking whether its parent lives
+_READING = 0.005  # seconds that a loop without other work waits for a grammar between looks at its messages
 _LINGER_MS = 2000  # for the last message to leave
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -51,7 +55,8 @@ class EngineCore(Protocol):
     def info(self) -> ModelInfo: ...
 
     def add(self, request: GenerateRequest) -> None:
-        """Takes the request in; raises InvalidRequest if it cannot be served."""
+        """Takes the request in; raises InvalidRequest if it cannot be served, Unread if its grammar is to
+        be read before."""
         ...
 
     def abort(self, request_id: str) -> None:
@@ -122,6 +127,8 @@ def serve(load: Callable[[], EngineCore], channel: Channel) -> bool:
         log.exception("the engine failed with %d requests open", len(loop.ids))
         channel.send(Fault(f"the engine failed: {describe(error)}", list(loop.ids)))
         return False
+    finally:
+        loop.reading.close()
     return True
 
 
@@ -132,17 +139,21 @@ class _Loop:
         self.engine, self.channel = engine, channel
         self.ids: dict[int, str] = {}  # open requests, by ticket
         self.tickets: dict[str, int] = {}  # and the way back
+        self.reading = Reading()  # for some of these: the engine has not seen them yet
 
     def run(self) -> None:
         """Returns when told to stop."""
         while True:
-            for message in self.channel.receive(wait=not self.engine.has_work()):
+            for message in self.channel.receive(wait=not (self.engine.has_work() or self.reading.busy)):
                 if isinstance(message, Stop):
                     return
                 if isinstance(message, Add):
                     self.add(message)
+                elif isinstance(message, Grammar):
+                    self.reading.take(message.grammar)
                 else:
                     self.abort(message)
+            self.go_on_with_the_read()
             if self.engine.has_work():
                 self.step()
 
@@ -150,23 +161,41 @@ class _Loop:
         ticket, request = message.ticket, message.request
         self.ids[ticket] = request.id  # before the engine sees it: a fault in `add` fails it too
         if request.id in self.tickets:
-            self.refuse(ticket, InvalidRequest(f"a request with id {request.id!r} is being served", "id"))
+            self.refuse(message, InvalidRequest(f"a request with id {request.id!r} is being served", "id"))
             return
         self.tickets[request.id] = ticket
-        try:
-            self.engine.add(request)
-        except InvalidRequest as error:
-            del self.tickets[request.id]
-            self.refuse(ticket, error)
+        self.enter(message)
 
-    def refuse(self, ticket: int, error: InvalidRequest) -> None:
-        del self.ids[ticket]
-        self.channel.send(Refused(ticket, error.message, error.param, error.code))
+    def enter(self, message: Add) -> None:
+        """Gives the request to the engine, or puts it aside until its grammar is read."""
+        try:
+            self.engine.add(message.request)
+        except InvalidRequest as error:
+            self.refuse(message, error)
+        except Unread as unread:
+            if self.reading.wait_for(unread, message):
+                self.channel.send(GrammarWanted(unread.key))
+
+    def go_on_with_the_read(self) -> None:
+        """Those whose grammar has been read since."""
+        waiting, error = self.reading.finished(0.0 if self.engine.has_work() else _READING)
+        for message in waiting:
+            if error is None:
+                self.enter(message)
+            else:
+                self.refuse(message, error)
+
+    def refuse(self, message: Add, error: InvalidRequest) -> None:
+        del self.ids[message.ticket]
+        if self.tickets[message.request.id] == message.ticket:  # else the id is another one's
+            del self.tickets[message.request.id]
+        self.channel.send(Refused(message.ticket, error.message, error.param, error.code))
 
     def abort(self, message: Abort) -> None:
         request_id = self.ids.pop(message.ticket, None)
         if request_id is not None:
             del self.tickets[request_id]
+            self.reading.leave(message.ticket)
             self.engine.abort(request_id)
             if not self.engine.has_work():
                 self.step()  # without work it does nothing but tell that nothing runs any more

@@ -32,10 +32,16 @@ async def choices_of(context: Context, body: ChatBody, *, id: str, arrival: floa
     try:
         await check_all(context.engine, requests)
     except InvalidRequest as error:
-        param = "messages" if error.param == "prompt" else error.param  # the engine knows prompts only
+        param = _own_names(body).get(error.param, error.param)
         raise InvalidRequest(error.message, param, error.code) from error
     hidden = _hidden(context, body, prompt, calls)
     return [_choice(context, body, request, prompt, calls, hidden, i) for i, request in enumerate(requests)]
+
+
+def _own_names(body: ChatBody) -> dict[str | None, str]:
+    """The request's names of fields that the engine calls otherwise."""
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    return {"prompt": "messages", "max_tokens": limit}
 
 
 async def _grammar(

@@ -76,7 +76,7 @@ def _http_error(error: HTTPException) -> ApiError:
 
 def _answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 404:
-        error = ApiError(404, f"no route {request.method} {request.url.path}", code="not_found")
+        error = ApiError(404, f"no route {request.method} {request.scope['path']}", code="not_found")
     return to_api_error(error).response()
 
 

@@ -26,7 +26,6 @@ from server.render import Prompt
 from server.statistics import Speculated, total, usage
 from server.turn import Delta, TurnReader
 
-_MOST_GRAMMARS = 256 << 20  # bytes compiled, of all choices of a request
 Ending = Literal["stop", "length", "tool_calls"]
 
 
@@ -93,6 +92,13 @@ class Choice:
         """How many of the tokens shown are reasoning; they come first."""
         end = self.turn.reasoning_end
         return self._shown_tokens if end is None else min(bisect_left(self.offsets, end), self._shown_tokens)
+
+    def tokens_of(self, start: int, end: int) -> range:
+        """The tokens that have a part of the text from `start` to before `end`, which is not empty."""
+        first = bisect_left(self.offsets, start)
+        if first == len(self.offsets) or self.offsets[first] > start:
+            first -= 1  # its text begins before
+        return range(first, bisect_left(self.offsets, end))
 
     def take(self, event: TokenEvent) -> Piece | None:
         """Takes one event in; None if it gives nothing to show yet.
@@ -186,13 +192,6 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 async def check_all(engine: EngineClient, requests: Sequence[GenerateRequest]) -> None:
     """Raises InvalidRequest if the engine would refuse any of them. Runs nothing."""
-    grammars = sum(len(each.params.grammar.data) for each in requests if each.params.grammar is not None)
-    if grammars > _MOST_GRAMMARS:
-        message = (
-            f"{len(requests)} choices of this grammar take {grammars >> 20} MiB, at most "
-            f"{_MOST_GRAMMARS >> 20} MiB are taken: ask for fewer"
-        )
-        raise InvalidRequest(message, "n")
     for request in requests:
         await engine.check(request)
         await asyncio.sleep(0)  # thousands of long prompts: the streams of others go on in between

@@ -1,4 +1,8 @@
-"""What an answer must look like, compiled in a process of its own: off the event loop, bounded, cached."""
+"""What an answer must look like, compiled in processes of their own: off the event loop, bounded, cached.
+
+A grammar is tried for a moment first, and what takes longer again in a lane of its own: heavy grammars wait
+for heavy ones alone.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import asyncio
 import hashlib
 import logging
 import multiprocessing
+import socket
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import msgspec
 from transformers import PreTrainedTokenizerBase
@@ -44,8 +50,17 @@ class Structure:
     param: str
 
 
+@dataclass(frozen=True)
+class _Lane:
+    """Grammars one after the other: `seconds` and bytes of memory that one may take."""
+
+    seconds: float
+    memory: int
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 class GrammarCompiler:
-    """One per app. Its process starts with the first grammar and is replaced when it takes too long."""
+    """One per app. Its process starts with the first grammar and forks one for every grammar: at most two."""
 
     def __init__(
         self,
@@ -60,9 +75,10 @@ class GrammarCompiler:
         self._seconds, self._max_bytes = seconds, max_bytes
         self._kept: OrderedDict[str, CompiledGrammar | str] = OrderedDict()  # grammars and refusals, by key
         self._bytes = 0
-        self._turn = asyncio.Lock()
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._lanes = _Lane(min(1.0, seconds), 512 << 20), _Lane(seconds, 1536 << 20)
+        self._asked: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by key
+        self._starting = asyncio.Lock()
+        self._forks: _Forks | None = None
         self._closed = self._unfit = False
 
     async def compile(self, structure: Structure) -> CompiledGrammar:
@@ -71,15 +87,10 @@ class GrammarCompiler:
         if size > self._max_bytes:
             raise _refused(structure, f"{size} bytes are too many: at most {self._max_bytes} are taken")
         key = _key(structure)
-        if self._unfit:
-            raise _refused(structure, _UNFIT)
         if key not in self._kept:
-            await self._take_turn()
-            try:
+            async with self._turn(self._asked.setdefault(key, asyncio.Lock())):
                 if key not in self._kept:  # nobody else asked for the same meanwhile
                     self._keep(key, await self._compiled(key, structure))
-            finally:
-                self._turn.release()
         self._kept.move_to_end(key)
         found = self._kept[key]
         if isinstance(found, str):
@@ -87,67 +98,67 @@ class GrammarCompiler:
         return found
 
     def close(self) -> None:
-        """Ends the process. What is being compiled fails."""
+        """Ends the processes. What is being compiled fails."""
         self._closed = True
         self._end()
 
-    async def _take_turn(self) -> None:
+    @asynccontextmanager
+    async def _turn(self, lock: asyncio.Lock) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(_TURNS * self._seconds if self._process else _START_SECONDS):
-                await self._turn.acquire()
+            async with asyncio.timeout(_TURNS * self._seconds + (0 if self._forks else _START_SECONDS)):
+                await lock.acquire()
         except TimeoutError as error:
             raise EngineUnavailable("other grammars are being compiled: try again later") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def _compiled(self, key: str, structure: Structure) -> CompiledGrammar | str:
-        connection = await self._ready()
-        if self._unfit:
-            self._end()
-            return _UNFIT
-        ask = msgspec.msgpack.encode(Ask(structure.kind, structure.text, _own(structure)))
-        try:
-            answer = await asyncio.to_thread(_exchange, connection, ask, self._seconds)
-        except TimeoutError:
-            self._end()
-            return f"compiling it takes longer than {self._seconds:g} seconds"
-        except (EOFError, OSError) as error:
-            self._end()
-            if self._closed:
-                raise EngineUnavailable("the server is closing") from error
-            log.warning("the grammar compiler's process died of a %s", structure.kind)
-            return "compiling it takes too much memory or depth"
-        except asyncio.CancelledError:
-            self._end()  # an answer to nobody would be taken for the next one's
-            raise
-        if answer.grown:
-            self._end()  # the next grammar starts another one
-        return answer.refused if answer.refused is not None else CompiledGrammar(key, answer.data)
+        for lane in self._lanes:
+            async with self._turn(lane.turn):
+                answer = await self._tried(structure, lane)
+            if not answer.beyond:
+                break
+        return CompiledGrammar(key, answer.data) if answer.refused is None else answer.refused
 
-    async def _ready(self) -> Connection:
-        if self._closed:
-            raise EngineUnavailable("the server is closing")
-        if self._connection is None or self._process is None or not self._process.is_alive():
-            self._end()
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            arguments = (theirs, self._tokenizer, self._vocab_size(), self._seconds)
-            self._process = context.Process(
-                target=_run, args=arguments, name="disco-serve-grammars", daemon=True
-            )
-            connection = self._connection
-            try:
-                await asyncio.to_thread(self._process.start)
-                theirs.close()
-                unfit = (await asyncio.to_thread(_exchange, connection, None, _START_SECONDS)).refused
+    async def _tried(self, structure: Structure, lane: _Lane) -> Answer:
+        forks = await self._ready()
+        if self._unfit:
+            return Answer(refused=_UNFIT)
+        ask = Ask(structure.kind, structure.text, _own(structure), lane.seconds, lane.memory)
+        try:
+            return await forks.ask(ask)
+        except TimeoutError:
+            return Answer(refused=f"compiling it takes longer than {self._seconds:g} seconds", beyond=True)
+        except EOFError:
+            log.warning("the process that compiled a %s died", structure.kind)
+            return Answer(refused="compiling it takes too much memory or depth", beyond=True)
+        except OSError as error:
+            if forks is self._forks:
+                self._end()  # the next grammar starts another one
+            why = "the server is closing" if self._closed else "the grammar compiler died: try again"
+            raise EngineUnavailable(why) from error
+
+    async def _ready(self) -> _Forks:
+        async with self._starting:
+            if self._closed:
+                raise EngineUnavailable("the server is closing")
+            if self._forks is None or not self._forks.alive():
+                self._end()
+                self._forks = _Forks(self._tokenizer, self._vocab_size())
+                try:
+                    unfit = await self._forks.start()
+                except (EOFError, OSError, TimeoutError) as error:
+                    self._end()
+                    raise EngineUnavailable("the grammar compiler does not start") from error
+                except asyncio.CancelledError:
+                    self._end()
+                    raise
                 if unfit is not None:
                     log.warning("no structured output: %s", unfit)
                     self._unfit = True
-            except (EOFError, OSError, TimeoutError) as error:
-                self._end()
-                raise EngineUnavailable("the grammar compiler does not start") from error
-            except asyncio.CancelledError:
-                self._end()
-                raise
-        return self._connection
+            return self._forks
 
     def _keep(self, key: str, found: CompiledGrammar | str) -> None:
         self._kept[key] = found
@@ -157,27 +168,81 @@ class GrammarCompiler:
             self._bytes -= _size(oldest)
 
     def _end(self) -> None:
-        process, connection = self._process, self._connection
-        self._process = self._connection = None
-        if process is not None and process.pid is not None:
-            process.kill()
-            process.join()
-        if connection is not None:
-            connection.close()
+        forks, self._forks = self._forks, None
+        if forks is not None:
+            forks.close()
 
 
-def _run(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size: int, seconds: float) -> None:
+class _Forks:
+    """The process that forks another for every question, and the lines to these.
+
+    Whoever answers ends when its line is closed. All may raise OSError: the process is gone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        self._control, theirs = socket.socketpair()
+        self._process: BaseProcess = multiprocessing.get_context("spawn").Process(
+            target=_run, args=(theirs, tokenizer, vocab_size), name="disco-serve-grammars", daemon=True
+        )
+        self._theirs = theirs
+        self._lines: set[asyncio.StreamWriter] = set()
+        self._ended = False
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    async def start(self) -> str | None:
+        """Why it cannot compile anything, if so. Raises EOFError, OSError, TimeoutError."""
+        with self._theirs:
+            await asyncio.to_thread(self._process.start)
+        return (await self.ask(Ask("ready", "", seconds=_START_SECONDS))).refused
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    async def ask(self, ask: Ask) -> Answer:
+        """Raises TimeoutError after `ask.seconds`, EOFError if whoever was to answer died of it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
+        self._lines.add(writer)
+        try:
+            async with asyncio.timeout(ask.seconds):
+                said = msgspec.msgpack.encode(ask)
+                writer.write(len(said).to_bytes(4) + said)
+                begun = await reader.read(1)
+                if not begun:
+                    raise ConnectionError("nobody was there to answer")
+                answer = await reader.read()
+            return msgspec.msgpack.decode(answer, type=Answer)
+        except msgspec.DecodeError as error:
+            if self._ended:
+                raise ConnectionError("the processes were ended") from error
+            raise EOFError from error
+        finally:
+            self._lines.discard(writer)
+            writer.transport.abort()
+
+    def close(self) -> None:
+        self._ended = True
+        self._control.close()
+        for line in self._lines:
+            line.transport.abort()
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
+
+
+def _run(control: socket.socket, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     from server.grammar_worker import main  # imports torch, which the server itself does without
 
-    main(connection, tokenizer, vocab_size, seconds)
-
-
-def _exchange(connection: Connection, ask: bytes | None, seconds: float) -> Answer:
-    if ask is not None:
-        connection.send_bytes(ask)
-    if not connection.poll(seconds):
-        raise TimeoutError
-    return msgspec.msgpack.decode(connection.recv_bytes(), type=Answer)
+    main(control, tokenizer, vocab_size)
 
 
 def _own(structure: Structure) -> bool:

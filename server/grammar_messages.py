@@ -1,4 +1,4 @@
-"""What the server and the process that compiles grammars say to each other."""
+"""What the server and the processes that compile grammars say to each other."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import msgspec
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """Compile this. `kind` and `text` are those of a `Structure`.
+    """Compile this. `kind` and `text` are those of a `Structure`; "ready" compiles nothing.
 
     `own`: a structural tag is the client's own; the places of faults in its schemas begin at the tag.
+    `seconds`, after which nobody waits any more, and `memory`, bytes that compiling may take.
     """
 
     kind: str
     text: str
     own: bool = True
+    seconds: float = 60.0
+    memory: int = 1 << 30
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The compiled grammar, or why there is none. `grown`: the process holds much memory since."""
+    """The compiled grammar, or why there is none. `beyond`: it takes more than it was given, for one."""
 
     data: bytes = b""
     refused: str | None = None
-    grown: bool = False
+    beyond: bool = False

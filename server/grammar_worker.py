@@ -1,16 +1,17 @@
-"""The process that compiles grammars: one at a time, so that it may be killed when it takes too long."""
+"""The process that compiles grammars: it forks one for each, which is killed when it takes too long."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import re
 import resource
 import signal
-import time
+import socket
+import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
@@ -20,19 +21,18 @@ import xgrammar
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from engine.grammar import SLOWEST_SECONDS, USUAL_SECONDS, vocabulary
+from engine.grammar import SLOWEST_SECONDS, Matcher, vocabulary
 from server.grammar_messages import Answer, Ask
 from server.grammar_regex import Refused, check_regex
 from server.grammar_schema import normalized
 
 log = logging.getLogger(__name__)
 
-_MOST_MEMORY = 2 << 30  # bytes that compiling may add to the process
 _MOST_COMPILED = 64 << 20  # bytes of the result
 _GRACE = 5.0  # seconds
-_MUCH = 512 << 20  # bytes that are more than is given back: the process is to be replaced
 _WHITESPACE = 2  # the longest run between two tokens of JSON: an answer of blanks alone would never end
 _TRIAL_TOKENS = 64
+_TOKENS = ("token", "exclude_tokens", "trigger_tokens")  # fields of structural tags
 # How xgrammar keeps [^"\\\r\n], a character of a string whose characters are counted, and what it is to be:
 # [^\x00-\x1f"\\], since JSON forbids every control character.
 _COUNTED = [1, 9, 1, 34, 34, 92, 92, 13, 13, 10, 10]
@@ -40,33 +40,62 @@ _CHARACTER = [1, 9, 1, 0, 31, 34, 34, 92, 92, 92, 92]
 _ORIGIN = re.compile(r"^\[[\d:]+\] \S+:\d+: (Check failed: \(.*?\) is false: )?", re.DOTALL)
 
 
-def main(connection: Connection, tokenizer: PreTrainedTokenizerBase, vocab_size: int, seconds: float) -> None:
-    """Says by an empty answer that it is ready, or why it never is; then answers until the other end closes.
+def main(control: socket.socket, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Forks for every line that comes over `control`, until its other end closes.
 
-    A grammar that takes much longer than `seconds` ends it, also where nobody is left to do so.
+    What is forked says by a byte that it is there, takes an `Ask`, gives its `Answer`, and ends; also once
+    the line is closed, or much later than it was given time for.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends us
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     try:
-        known = vocabulary(tokenizer, vocab_size)
+        compiler = xgrammar.GrammarCompiler(
+            vocabulary(tokenizer, vocab_size), max_threads=1, cache_enabled=False
+        )
+        unfit = None
     except (RuntimeError, ValueError) as error:
-        connection.send_bytes(msgspec.msgpack.encode(Answer(refused=str(error))))
-        return
-    compiler = xgrammar.GrammarCompiler(known, max_threads=1, cache_enabled=False)
-    process = psutil.Process()
-    limit, held = process.memory_info().vms + _MOST_MEMORY, process.memory_info().rss
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection.send_bytes(msgspec.msgpack.encode(Answer()))
+        compiler, unfit = None, str(error)
     while True:
-        try:
-            ask = msgspec.msgpack.decode(connection.recv_bytes(), type=Ask)
-        except EOFError:
+        begun, lines, _, _ = socket.recv_fds(control, 1, 1)
+        if not begun:
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)  # nobody handles it: it kills
+        with socket.socket(fileno=lines[0]) as line:
+            if os.fork() == 0:
+                try:
+                    control.close()
+                    _serve(line, compiler, unfit)
+                finally:
+                    os._exit(0)
+
+
+def _serve(line: socket.socket, compiler: xgrammar.GrammarCompiler | None, unfit: str | None) -> None:
+    """Answers one question, in a process that is for nothing else."""
+    line.sendall(b"+")
+    size = int.from_bytes(_received(line, 4))
+    ask = msgspec.msgpack.decode(_received(line, size), type=Ask)
+    signal.setitimer(signal.ITIMER_REAL, ask.seconds + _GRACE)  # nobody handles it: it kills
+    threading.Thread(target=_end_with, args=(line,), daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if compiler is None or ask.kind == "ready":
+        found = Answer(refused=unfit)
+    else:
+        limit = psutil.Process().memory_info().vms + ask.memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         found = answer(compiler, ask)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        grown = process.memory_info().rss > held + _MUCH
-        connection.send_bytes(msgspec.msgpack.encode(msgspec.structs.replace(found, grown=grown)))
+    line.sendall(msgspec.msgpack.encode(found))
+
+
+def _received(line: socket.socket, size: int) -> bytes:
+    data = line.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def _end_with(line: socket.socket) -> None:
+    """Ends the process once nobody waits for its answer."""
+    line.recv(1)
+    os._exit(1)
 
 
 def answer(compiler: xgrammar.GrammarCompiler, ask: Ask) -> Answer:
@@ -81,9 +110,11 @@ def answer(compiler: xgrammar.GrammarCompiler, ask: Ask) -> Answer:
         return Answer(refused=str(error))
     except (MemoryError, RuntimeError, ValueError, RecursionError) as error:
         if isinstance(error, MemoryError) or "bad_alloc" in str(error):
-            return Answer(refused=f"compiling it takes more than {_MOST_MEMORY >> 20} MiB of memory")
+            return Answer(
+                refused=f"compiling it takes more than {ask.memory >> 20} MiB of memory", beyond=True
+            )
         return Answer(refused=_ORIGIN.sub("", str(error)).strip() or type(error).__name__)
-    except Exception as error:  # not foreseen, and this process must go on: others wait for it
+    except Exception as error:  # not foreseen: of the server, not of the client
         log.exception("a %s cannot be read", ask.kind)
         return Answer(refused=f"it cannot be read: {type(error).__name__}")
     if len(data) > _MOST_COMPILED:
@@ -110,7 +141,6 @@ def _compile(compiler: xgrammar.GrammarCompiler, ask: Ask) -> xgrammar.CompiledG
         case _:
             path = "$" if ask.own else None
             tag = json.dumps(_tag(json.loads(text), path))
-            compiler.compile_structural_tag(tag)  # says what is wrong with tokens
             return compiler.compile_grammar(_counting(xgrammar.Grammar.from_structural_tag(tag)))
 
 
@@ -149,9 +179,15 @@ def _tag(node: Any, path: str | None) -> Any:
         elif node.get("type") == "regex" and name == "pattern" and isinstance(value, str):
             check_regex(value)
             found[name] = value
+        elif name in _TOKENS and any(isinstance(each, str) for each in _listed(value)):
+            raise Refused(where or "a structural tag", "tokens are told by their ids")
         else:
             found[name] = _tag(value, where)
     return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _try_out(compiled: xgrammar.CompiledGrammar) -> None:
@@ -163,20 +199,16 @@ def _try_out(compiled: xgrammar.CompiledGrammar) -> None:
 
 
 def _follow(compiled: xgrammar.CompiledGrammar, choose: Callable[[NDArray[np.int64], int], int]) -> None:
-    matcher = xgrammar.GrammarMatcher(compiled)
-    vocab = compiled.tokenizer_info.vocab_size
-    words = np.empty((1, -(-vocab // 32)), dtype=np.int32)
-    token, beyond = -1, 0.0
+    matcher = Matcher(compiled, ())
+    vocab, token = compiled.tokenizer_info.vocab_size, -1
     for step in range(_TRIAL_TOKENS):
-        begin = time.thread_time()
-        matcher.fill_next_token_bitmask(words)
-        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab])
+        found = matcher.after(())
+        if found is None:  # ended
+            return
+        allowed = np.flatnonzero(np.unpackbits(found.words.view(np.uint8), bitorder="little")[:vocab])
         if not len(allowed):
             raise Refused(f"after {step} tokens", "nothing matches it")
         token = choose(allowed, token)
-        matcher.accept_token(token)
-        beyond += max(0.0, time.thread_time() - begin - USUAL_SECONDS)
-        if beyond > SLOWEST_SECONDS / 2:  # half of what ends a request
+        matcher.commit([token])
+        if matcher.beyond > SLOWEST_SECONDS / 2:  # half of what ends a request
             raise Refused(f"after {step} tokens", "it is so ambiguous that following it takes too long")
-        if matcher.is_terminated():
-            return

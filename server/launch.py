@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.client import EngineClient
 from engine.client_worker import WorkerEngine
 from engine.types import EngineUnavailable
+from server import http1
 from server.app import create_app
 from server.prepare import prepare
 from server.settings import Settings
@@ -37,15 +38,8 @@ async def _serve(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, listener: socket.socket, address: str
 ) -> None:
     engine = WorkerEngine(settings.engine_config())
-    config = uvicorn.Config(
-        create_app(settings, engine, tokenizer),
-        lifespan="on",
-        log_config=None,  # server.logs has the say
-        log_level="warning",  # start and end are told here
-        access_log=False,  # the app logs its requests itself
-        timeout_graceful_shutdown=int(settings.shutdown_seconds),
-    )
-    server = uvicorn.Server(config)
+    app = create_app(settings, engine, tokenizer)
+    server = uvicorn.Server(http1.config(app, settings.shutdown_seconds))
     loading = asyncio.create_task(_watch_loading(server, engine, address, settings.served_model_name[0]))
     try:
         await server.serve(sockets=[listener])

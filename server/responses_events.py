@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 Event: TypeAlias = dict[str, Any]
 """`type` and the type's fields, without the `sequence_number`, which the stream adds."""
 
+Logprobs: TypeAlias = Sequence[dict[str, Any]]
+"""Of tokens, in OpenAI's shape."""
+
 Status = Literal["completed", "incomplete"]
 
 
@@ -29,35 +32,35 @@ class Output:
     def __init__(self) -> None:
         self._done: list[dict[str, Any]] = []
         self._open: _Item | None = None
-        self._waiting: list[dict[str, Any]] = []
 
     def items(self, status: str = "in_progress") -> list[dict[str, Any]]:
         """All items so far; the open one has the status `status`."""
         return self._done if self._open is None else [*self._done, self._open.item(status)]
 
-    def push(self, delta: Delta, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
-        """`logprobs`: of tokens that are no reasoning, in OpenAI's shape. Those of text that is held back
-        wait for it; those of calls are not told."""
-        self._waiting += logprobs
+    def push(self, delta: Delta, logprobs: Sequence[Logprobs] = ()) -> list[Event]:
+        """`logprobs`: of each piece of content, none if they are not asked for."""
+        told = iter(logprobs)
         events: list[Event] = []
         if delta.reasoning:
             events += self._text(ReasoningText, delta.reasoning, ())
         for part in delta.parts:
             if isinstance(part, str):
-                events += self._text(MessageText, part, self._waiting)
+                events += self._text(MessageText, part, next(told, ()))
             else:
                 events += self._call(part)
-            self._waiting = []
         return events
 
-    def finish(self, status: Status) -> list[Event]:
-        """Closes the open item. A finished answer that has no text and no call is an empty message."""
+    def finish(self, status: Status, logprobs: Logprobs = ()) -> list[Event]:
+        """Closes the open item. A finished answer that has no text and no call is an empty message.
+
+        `logprobs`: of tokens after all text, as EOS; a message that is open takes them.
+        """
         events: list[Event] = []
         kinds = {item["type"] for item in self.items()}
         if not kinds or (status == "completed" and kinds == {"reasoning"}):
             events += self._begin(MessageText(self._next_index()))
-        if self._waiting and isinstance(self._open, MessageText):  # of tokens without text, as EOS
-            events.append(self._open.delta("", self._waiting))
+        if logprobs and isinstance(self._open, MessageText):
+            events.append(self._open.delta("", logprobs))
         return events + self._close(status)
 
     def _next_index(self) -> int:
@@ -75,9 +78,7 @@ class Output:
         self._done.append(item.item(status))
         return item.end(status)
 
-    def _text(
-        self, kind: type[ReasoningText | MessageText], text: str, logprobs: Sequence[dict[str, Any]]
-    ) -> list[Event]:
+    def _text(self, kind: type[ReasoningText | MessageText], text: str, logprobs: Logprobs) -> list[Event]:
         events: list[Event] = []
         if not isinstance(self._open, kind):
             events = self._begin(kind(self._next_index()))
@@ -113,7 +114,7 @@ class _Text:
             {"type": "response.content_part.added", **self._where, "part": self._part("", [])},
         ]
 
-    def delta(self, text: str, logprobs: Sequence[dict[str, Any]]) -> Event:
+    def delta(self, text: str, logprobs: Logprobs) -> Event:
         self._pieces.append(text)
         self._logprobs += logprobs
         return {"type": f"{self.prefix}.delta", **self._where, "delta": text, **self._extra(list(logprobs))}

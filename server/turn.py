@@ -13,10 +13,14 @@ __all__ = ["Delta", "ToolCall", "ToolDelta", "TurnReader"]
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new since the last delta. `parts`: content and calls in their order, which may alternate."""
+    """What is new since the last delta. `parts`: content and calls in their order, which may alternate.
+
+    `spans`: where each piece of content lies in the raw text, from start to before end, in characters.
+    """
 
     reasoning: str = ""
     parts: tuple[str | ToolDelta, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def content(self) -> str:
@@ -44,6 +48,8 @@ class TurnReader:
         self.tool_calls: list[ToolCall] = []
         self._calls = calls
         self._splitter = None if place is None else ThinkSplitter(place)
+        self._read = 0  # characters of the raw text
+        self._said = 0  # of these, after the reasoning
 
     @property
     def called(self) -> bool:
@@ -57,16 +63,21 @@ class TurnReader:
 
     def push(self, text: str, *, final: bool) -> Delta:
         """Takes the next piece of text in, which may be empty. `final`: nothing follows."""
+        self._read += len(text)
         reasoning = ""
         if self._splitter is not None:
             reasoning, text = self._splitter.push(text, final=final)
+        self._said += len(text)
         parts: list[str | ToolDelta] = [text] if text else []
+        spans = [(self._said - len(text), self._said)] if text else []
         if self._calls is not None:
             parts = self._calls.push(text, final=final)
+            spans = self._calls.spans
         self.reasoning += reasoning
         for part in parts:
             self._add(part)
-        return Delta(reasoning, tuple(parts))
+        before = self._read - self._said  # what is said goes on to the end of what is read
+        return Delta(reasoning, tuple(parts), tuple((before + start, before + end) for start, end in spans))
 
     def _add(self, part: str | ToolDelta) -> None:
         if isinstance(part, str):

@@ -93,7 +93,7 @@ def rejecting() -> None:
 
 
 def advancing() -> None:
-    from engine.models import decode
+    from engine.models.decode_data import META, MOST
     from engine.models.kernels.advance import MOST_SL, advance
 
     for size, compact in ((1, True), (8, True), (64, False)):
@@ -103,11 +103,18 @@ def advancing() -> None:
             *("ids", "positions", "slots", "starts", "lengths"),
         ):
             rows[name] = ints(size)
-        rows |= {"drafted": ints(size * MOST_SL), "progress": ints(4), "meta": ints(decode.META)}
+        rows |= {"drafted": ints(size * MOST_SL), "progress": ints(4), "meta": ints(META)}
         rows["tables"] = ints(size, 9)
         keep = torch.ones(size, dtype=torch.bool)
         fine = torch.ones(size, dtype=torch.int8)
-        advance(ints(size), fine, keep, rows, most=decode.MOST, compact=compact, block_size=16, spare_slot=99)
+        advance(ints(size), fine, keep, rows, most=MOST, compact=compact, block_size=16, spare_slot=99)
+
+
+def agreeing() -> None:
+    from engine.models.decode_data import META, MOST
+    from engine.models.kernels.agree import agree
+
+    agree(ints(META), ints(MOST), torch.ones(MOST, dtype=torch.int8), ints(3, MOST))
 
 
 def attending() -> None:
@@ -148,7 +155,7 @@ def goodput() -> None:
 def main() -> None:
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_only
-    for compiled in (choosing, rejecting, advancing, attending, between_products, goodput):
+    for compiled in (choosing, rejecting, advancing, agreeing, attending, between_products, goodput):
         compiled()
 
 

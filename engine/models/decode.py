@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +18,12 @@ import torch
 from torch import Tensor
 
 from engine.kv.pool import KVPool
+from engine.models.decode_data import BLOCK, MAP, META, MOST, Layer, Params, checked, tile_map
 from engine.models.decoder import Decoder
-
-MOST = 16  # tokens, and rows
-META = 8 + 7 * MOST
-"""int32 words of `Meta` in decode.cu: tokens, rows, 6 spare; then by row start, begin, length, line of the
-tables; then by token id, position, mask. A row's tokens are neighbours; `start` is its KV length before."""
 
 _SOURCES = Path(__file__).parent / "kernels"
 _KC, _WARPS, _GROUP = 1024, 8, 12
 _STAGE = 8 * (_KC * 2 + 64)
-
-
-class _Layer(ctypes.Structure):
-    """`Layer` in decode.cu: addresses."""
-
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            *("qkv", "out", "gate_up", "down", "qkv_bias", "out_bias"),
-            *("norm_in", "norm_mid", "query_norm", "key_norm", "k", "v"),
-        )
-    ]
-
-
-class _Params(ctypes.Structure):
-    """`Params` in decode.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("layers", "embed", "hidden", "norm", "head", "inv_freq")),
-        *((name, ctypes.c_uint64) for name in ("meta", "tables", "logits", "hn", "attn", "act")),
-        *((name, ctypes.c_uint64) for name in ("qkv", "sumsq", "part", "part_ml", "launches")),
-        ("table_stride", ctypes.c_int),
-        *((name, ctypes.c_float) for name in ("eps", "rope_scale", "scale")),
-    ]
 
 
 def why_not(decoder: Decoder, block_size: int) -> str | None:
@@ -61,7 +32,7 @@ def why_not(decoder: Decoder, block_size: int) -> str | None:
         return "it needs a GPU of compute capability 9.0 or newer"
     if decoder.dtype != torch.bfloat16:
         return f"the weights are {decoder.dtype}, not bfloat16"
-    if decoder.head_dim not in (64, 128) or block_size != 16:
+    if decoder.head_dim not in (64, 128) or block_size != BLOCK:
         return f"heads of {decoder.head_dim} over blocks of {block_size}"
     processors = torch.cuda.get_device_properties(decoder.device).multi_processor_count
     if min(decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim, _known(decoder)) < processors:
@@ -114,6 +85,7 @@ class DecodeKernel:
         }
         self._work["launches"] = torch.zeros(1, dtype=torch.int32, device=device)
         self._layers: Tensor | None = None
+        self._maps: Tensor | None = None  # uint8[layers * 2 * MAP]
         self._functions: dict[int, tuple[Any, int]] = {}
         self._params: dict[tuple[int, int, int], tuple[Any, int]] = {}
         from cuda.bindings import driver
@@ -128,13 +100,17 @@ class DecodeKernel:
 
     def attach(self, pool: KVPool) -> None:
         """Reads and writes this pool from now on."""
-        table = (_Layer * len(self._decoder.layers))()
-        for i, layer in enumerate(self._decoder.layers):
+        layers = self._decoder.layers
+        maps = [tile_map(each[i]) for i in range(len(layers)) for each in (pool.keys, pool.values)]
+        self._maps = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8).to(self._decoder.device)
+        table = (Layer * len(layers))()
+        for i, layer in enumerate(layers):
             values = (
                 layer.qkv, layer.out, layer.gate_up, layer.down, layer.qkv_bias, layer.out_bias,
                 layer.norm_in, layer.norm_mid, layer.query_norm, layer.key_norm, pool.keys[i], pool.values[i],
+                self._maps[2 * i * MAP :], self._maps[(2 * i + 1) * MAP :],
             )  # fmt: skip
-            table[i] = _Layer(*(each.data_ptr() if isinstance(each, Tensor) else 0 for each in values))
+            table[i] = Layer(*(each.data_ptr() if isinstance(each, Tensor) else 0 for each in values))
         self._params.clear()
         self._layers = torch.frombuffer(bytearray(table), dtype=torch.uint8).to(self._decoder.device)
 
@@ -153,7 +129,7 @@ class DecodeKernel:
             self._params[key] = self._parameters(*key)
         function, shared = self._function(8 if most <= 8 else MOST)
         stream = torch.cuda.current_stream(self._decoder.device).cuda_stream
-        _checked(
+        checked(
             self._launch(
                 function, self._processors, 1, 1, _WARPS * 32 + 64, 1, 1, shared, stream,
                 self._params[key][1], 0,
@@ -175,7 +151,7 @@ class DecodeKernel:
         """What a launch is given, and the address of its address."""
         decoder = self._decoder
         assert self._layers is not None
-        params = _Params(
+        params = Params(
             layers=self._layers.data_ptr(),
             embed=0 if self._embed is None else self._embed.data_ptr(),
             hidden=self.hidden.data_ptr(),
@@ -207,7 +183,7 @@ class DecodeKernel:
         fixed = self._shared_bytes(most)
         attributes = driver.CUdevice_attribute
         most_shared = attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        limit = _checked(driver.cuDeviceGetAttribute(most_shared, d.device.index or 0))
+        limit = checked(driver.cuDeviceGetAttribute(most_shared, d.device.index or 0))
         stages = (limit - fixed) // _STAGE
         if stages < 3:
             raise RuntimeError(
@@ -219,11 +195,11 @@ class DecodeKernel:
             "STAGES": stages,
         }  # fmt: skip
         image = _compile(tuple(defines.items()), torch.cuda.get_device_capability(d.device))
-        module = _checked(driver.cuModuleLoadData(image))
-        function = _checked(driver.cuModuleGetFunction(module, b"decode"))
+        module = checked(driver.cuModuleLoadData(image))
+        function = checked(driver.cuModuleGetFunction(module, b"decode"))
         shared = fixed + stages * _STAGE
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, shared))
+        checked(driver.cuFuncSetAttribute(function, attribute, shared))
         return function, shared
 
     def _shared_bytes(self, most: int) -> int:
@@ -239,27 +215,12 @@ class DecodeKernel:
             most * d.head_dim // 2 * 8,  # rope
             most * own * 4,  # own
             (16 + 2 * most) * (d.head_dim + 8) * 2,  # q, k, v
-            len(d.layers) * (ctypes.sizeof(_Layer) + 2 * share((d.heads + 2 * d.kv_heads) * d.head_dim)),
+            len(d.layers) * (ctypes.sizeof(Layer) + 2 * share((d.heads + 2 * d.kv_heads) * d.head_dim)),
             (2 * len(d.layers) + 1) * own * 2,  # norms
             256 * 4,  # table
             META * 4 + most * 4 + _WARPS * 16 * 8 + 64 * 16 + 512,
         )
         return -(-sum(parts) // 128) * 128
-
-
-def pack_meta(starts: Seq[int], tokens: Seq[Seq[int]]) -> list[int]:
-    """The words of `META` for rows of chained tokens, row i after starts[i] positions."""
-    meta = [0] * META
-    meta[0], meta[1] = sum(map(len, tokens)), len(tokens)
-    at = 0
-    for row, (start, ids) in enumerate(zip(starts, tokens, strict=True)):
-        for field, value in enumerate((start, at, len(ids), row)):
-            meta[8 + field * MOST + row] = value
-        for j, token in enumerate(ids):
-            for field, value in ((4, token), (5, start + j), (6, (2 << j) - 1)):
-                meta[8 + field * MOST + at] = value
-            at += 1
-    return meta
 
 
 @functools.cache
@@ -271,7 +232,7 @@ def _compile(defines: tuple[tuple[str, int], ...], capability: tuple[int, int]) 
     arch = "sm_{}{}".format(*capability)
     options = [b"--gpu-architecture=" + arch.encode(), b"--std=c++17", b"-default-device"]
     options += [f"-D{name}={value}".encode() for name, value in defines]
-    program = _checked(
+    program = checked(
         nvrtc.nvrtcCreateProgram(
             (_SOURCES / "decode.cu").read_bytes(),
             b"decode.cu",
@@ -282,19 +243,12 @@ def _compile(defines: tuple[tuple[str, int], ...], capability: tuple[int, int]) 
     )
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(result):
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(f"the decoding kernel does not compile: {log.decode()}")
-    image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    image: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, image))
     return image
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    """What a CUDA call returned after its status. Raises RuntimeError if that is not success."""
-    if int(answer[0]):
-        raise RuntimeError(f"CUDA: {answer[0]!s}")
-    return answer[1] if len(answer) > 1 else None
 
 
 def _known(decoder: Decoder) -> int:

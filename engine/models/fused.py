@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from engine.kv.pool import KVPool, LayerShape
 from engine.models import decode, selfcheck
+from engine.models.decode_data import META, MOST, write_meta
 from engine.models.decoder import Matrix, extract, unsupported
 from engine.models.graphs import PassGraphs
 from engine.models.kernels.attention import Places, attend
@@ -65,7 +67,7 @@ class FusedRunner:
         if d.device.type == "cuda":
             self._programs = 2 * torch.cuda.get_device_properties(d.device).multi_processor_count
         self.kernel: decode.DecodeKernel | None = None
-        self.decodes = decode.MOST  # tokens, at most, that go to the kernel
+        self.decodes = MOST  # tokens, at most, that go to the kernel
         self.kernel_refused = decode.why_not(d, block_size)
         if self.kernel_refused is None:
             try:
@@ -124,7 +126,7 @@ class FusedRunner:
         Measured, for a verification of 16 tokens after as much context as fits, up to 1k.
         """
         if blocks < 16:  # the self-check's pool
-            return decode.MOST
+            return MOST
         assert self.graphs is not None
         table = list(range(min(blocks, 66, self.context // self.block_size)))
         start = (len(table) - 1) * self.block_size
@@ -142,7 +144,7 @@ class FusedRunner:
             end.record()
             end.synchronize()
             seconds.append(begin.elapsed_time(end))
-        return decode.MOST if seconds[0] <= seconds[1] else 8
+        return MOST if seconds[0] <= seconds[1] else 8
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -162,11 +164,13 @@ class FusedRunner:
         return logits
 
     def _decode(self, batch: Batch, tokens: int) -> Tensor:
-        ids = iter(batch.ids)
-        meta = decode.pack_meta(batch.starts, [[next(ids) for _ in range(q)] for q in batch.query_lens])
-        words = self._staging.words([*meta, *batch.padded_tables()])
-        tables = words[decode.META :].view(len(batch.query_lens), -1)
-        return self.decode(words[: decode.META], tables, tokens)
+        ids, rows = iter(batch.ids), len(batch.query_lens)
+        tables = batch.padded_tables()
+        words = np.zeros(META + len(tables), dtype=np.int32)
+        write_meta(words, batch.starts, [[next(ids) for _ in range(q)] for q in batch.query_lens])
+        words[META:] = tables
+        there = self._staging.words(words)
+        return self.decode(there[:META], there[META:].view(rows, -1), tokens)
 
     def _forward(self, batch: Batch) -> Tensor:
         """Kernel by kernel: prefill."""
@@ -185,14 +189,14 @@ class FusedRunner:
         """A pass of at most 16 tokens in one launch; float32[most, vocab_size]. See DecodeKernel."""
         assert self.kernel is not None
         if not self.kernel.embeds:
-            ids = meta[8 + 4 * decode.MOST : 8 + 5 * decode.MOST]
+            ids = meta[8 + 4 * MOST : 8 + 5 * MOST]
             self.kernel.hidden.copy_(self.decoder.embed(ids.long()))
         self.kernel.launch(meta, tables, most)
         logits = self.kernel.logits[:most]
         if self.kernel.known == self.vocab_size:
             return logits
         if self._whole is None:  # what the head does not know stays -inf
-            self._whole = logits.new_full((decode.MOST, self.vocab_size), float("-inf"))
+            self._whole = logits.new_full((MOST, self.vocab_size), float("-inf"))
         return self._whole[:most].index_copy_(1, self.decoder.head.ids, logits)  # type: ignore[arg-type]
 
     def layers(self, ids: Tensor, positions: Tensor, slots: Tensor, places: Places) -> Tensor:

@@ -1,10 +1,12 @@
-"""From lists on the host to int32 on the device by one copy, without making a tensor each time."""
+"""From numbers on the host to int32 on the device by one copy, without making a tensor each time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _BUFFERS = 4
@@ -18,7 +20,7 @@ class Staging:
         self._device, self._next = device, 0
         self._pairs: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
 
-    def words(self, values: Seq[int]) -> Tensor:
+    def words(self, values: Seq[int] | NDArray[np.int32]) -> Tensor:
         """int32[len(values)] on the device, valid until `_BUFFERS` more calls."""
         if self._device.type != "cuda":
             return torch.tensor(values, dtype=torch.int32)

@@ -167,11 +167,8 @@ class PolicyTable:
 
         On a GPU it also asks for their next limits, which `limits` will read.
         """
-        if self._captures and len(rows) <= MOST_JUDGED:
-            judge = self.judge(tuple(sorted({row.policy for row in rows})), len(rows))
-            slots, numbers = [row.slot for row in rows], [self._numbers[row.policy] for row in rows]
-            judge.begin(slots, numbers, drafted, accepted)
-            self._begun = judge, {slot: at for at, slot in enumerate(slots)}
+        if self._judged(len(rows)):
+            self._judge(rows, drafted, accepted)
             return
         told = [i for i, count in enumerate(drafted) if count]
         if told:
@@ -179,6 +176,23 @@ class PolicyTable:
             outcome = Outcome(taught[:, 0], taught[:, 1])
             for policy, state in self._in_use([rows[i] for i in told]):
                 policy.observe(outcome, state)
+
+    def observe_ahead(self, rows: Seq[Sequence], drafted: Seq[int], verdicts: Tensor) -> bool:
+        """`observe` while the host does not know the verdicts yet: int32[2, B] on the device, accepted tokens
+        and whether the row is sound. False where that cannot be."""
+        if not self._judged(len(rows)):
+            return False
+        self._judge(rows, drafted, verdicts)
+        return True
+
+    def _judged(self, rows: int) -> bool:
+        return self._captures and rows <= MOST_JUDGED
+
+    def _judge(self, rows: Seq[Sequence], drafted: Seq[int], accepted: Seq[int] | Tensor) -> None:
+        judge = self.judge(tuple(sorted({row.policy for row in rows})), len(rows))
+        slots, numbers = [row.slot for row in rows], [self._numbers[row.policy] for row in rows]
+        judge.begin(slots, numbers, drafted, accepted)
+        self._begun = judge, {slot: at for at, slot in enumerate(slots)}
 
     def judge(self, names: tuple[str, ...], rows: int) -> Judge:
         """For at most so many rows of these policies; captured at first use."""

@@ -39,11 +39,20 @@ class Judge:
         rule(*self._words)  # compiles; rows of no policy teach nothing
         self._replay = captured(lambda: self._limits.copy_(rule(*self._words), non_blocking=True), device)
 
-    def begin(self, slots: Seq[int], numbers: Seq[int], drafted: Seq[int], accepted: Seq[int]) -> None:
-        """Queues it for these rows, of which `limits` then tells."""
+    def begin(
+        self, slots: Seq[int], numbers: Seq[int], drafted: Seq[int], accepted: Seq[int] | Tensor
+    ) -> None:
+        """Queues it for these rows, of which `limits` then tells.
+
+        `accepted` may be int32[2, B] on the device, not known to the host yet: accepted tokens, and whether
+        the row is sound; one that is not teaches nothing.
+        """
         self._done.synchronize()  # the host's buffers may still be read and written
-        self._fill(slots, numbers, drafted, accepted)
+        self._fill(slots, numbers, drafted, [0] * len(slots) if isinstance(accepted, Tensor) else accepted)
         self._words.copy_(self._host, non_blocking=True)
+        if isinstance(accepted, Tensor):
+            self._words[3, : len(slots)].copy_(accepted[0])
+            self._words[2, : len(slots)].mul_(accepted[1])
         self._replay()
         self._done.record()
         self._rows = len(slots)

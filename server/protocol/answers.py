@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from server.protocol.base import nullable, without_null
+from server.protocol.base import nullable, optional_shown, without_null
 
 FINISH = "stop: EOS, a stop string or id, or a grammar's end; length: `max_tokens`"
 
@@ -23,15 +23,12 @@ class Answer(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        schema = handler(core_schema)
-        own = handler.resolve_ref_schema(schema)
-        for name, field in own.get("properties", {}).items():
-            if name in own.get("required", ()):
-                continue
-            field.pop("default", None)
-            shown = nullable(field) if name in cls.missing_or_null else without_null(field)
-            own["properties"][name] = shown
-        return schema
+        return optional_shown(core_schema, handler, cls._shown)
+
+    @classmethod
+    def _shown(cls, name: str, field: JsonSchemaValue) -> JsonSchemaValue:
+        bare = {key: value for key, value in field.items() if key != "default"}
+        return nullable(bare) if name in cls.missing_or_null else without_null(bare)
 
 
 class ErrorDetail(Answer):

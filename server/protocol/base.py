@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, ClassVar, get_args
 
@@ -57,12 +57,7 @@ class Body(BaseModel):
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         """The page says it too: a field that may be left out may be null."""
-        schema = handler(core_schema)
-        own = handler.resolve_ref_schema(schema)
-        for name, field in own.get("properties", {}).items():
-            if name not in own.get("required", ()):
-                own["properties"][name] = nullable(field)
-        return schema
+        return optional_shown(core_schema, handler, lambda _, field: nullable(field))
 
 
 def integral(value: Any) -> Any:
@@ -73,6 +68,20 @@ def integral(value: Any) -> Any:
 def arms(annotation: Any) -> tuple[Any, ...]:
     """The types in a union, or the one that there is."""
     return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def optional_shown(
+    core_schema: CoreSchema,
+    handler: GetJsonSchemaHandler,
+    shown: Callable[[str, JsonSchemaValue], JsonSchemaValue],
+) -> JsonSchemaValue:
+    """A model's schema with each field that may be left out as `shown(name, schema)` has it."""
+    schema = handler(core_schema)
+    own = handler.resolve_ref_schema(schema)
+    for name, field in own.get("properties", {}).items():
+        if name not in own.get("required", ()):
+            own["properties"][name] = shown(name, field)
+    return schema
 
 
 def nullable(field: JsonSchemaValue) -> JsonSchemaValue:

@@ -11,7 +11,8 @@ from engine.types import InvalidRequest
 from server.grammar import Structure
 from server.protocol.common import GenerationBody
 from server.protocol.fields import Only
-from server.protocol.messages import TEXT_ONLY, Message, check_calls
+from server.protocol.messages import Message, check_calls
+from server.protocol.parts import TEXT_ONLY
 from server.protocol.response_format import ResponseFormat
 from server.protocol.tools import MAX_TOOLS, NamedTool, ToolBody, ToolChoice, check_tools
 from server.tools.calls import Tool

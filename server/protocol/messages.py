@@ -9,32 +9,10 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from engine.types import InvalidRequest
 from server.protocol.base import Body
+from server.protocol.parts import REFUSAL, TEXT_ONLY, Part, text_of, text_schema
 from server.protocol.tools import ToolCallBody
 
-TEXT_ONLY = "only text goes in and out"
 _USE_TOOLS = "it is the older name of tools; use 'tools' and 'tool_calls'"
-
-
-def _content(value: Any) -> str:
-    """A string, or text parts joined without anything between them."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest("'content' must be a string or a list of text parts")
-    return "".join(_part(part, f"[{index}]") for index, part in enumerate(value))
-
-
-def _part(part: Any, at: str) -> str:
-    """A text part's text; a refusal is text as well: it is what the assistant said."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str):
-        raise InvalidRequest("a content part must be an object with a 'type'", at)
-    if kind not in ("text", "refusal"):
-        message = f"content parts of type '{kind[:64]}' are not supported: {TEXT_ONLY}"
-        raise InvalidRequest(message, f"{at}.type", "unsupported_content")
-    if part.keys() != {"type", kind} or not isinstance(part[kind], str):
-        raise InvalidRequest(f"a {kind} part has the string '{kind}' and no other field", at)
-    return str(part[kind])
 
 
 def _role(value: Any) -> Any:
@@ -44,26 +22,8 @@ def _role(value: Any) -> Any:
     return value
 
 
-def _part_schema(kind: str) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {"type": {"const": kind}, kind: {"type": "string"}},
-        "required": ["type", kind],
-        "additionalProperties": False,
-    }
-
-
-_CONTENT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "minItems": 1,
-            "items": {"anyOf": [_part_schema("text"), _part_schema("refusal")]},
-        },
-    ]
-}
-Content = Annotated[str, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
+_KINDS = (Part("text"), REFUSAL)
+Content = Annotated[str, BeforeValidator(text_of(*_KINDS)), WithJsonSchema(text_schema(*_KINDS))]
 Role = Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
 
 _ASSISTANT = ("refusal", "tool_calls", "reasoning_content", "annotations")

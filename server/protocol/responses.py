@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from engine.types import InvalidRequest
 from server.protocol.base import Body
 from server.protocol.common import GenerationBody
-from server.protocol.fields import Only
-from server.protocol.messages import TEXT_ONLY
+from server.protocol.fields import INT64, Only
+from server.protocol.parts import TEXT_ONLY
 from server.protocol.responses_input import Input, Item, MessageItem, pick
 from server.protocol.tools import MAX_TOOLS, Name
 
@@ -203,7 +203,10 @@ class ResponsesBody(GenerationBody):
         False, description="only false: a response is made while the client waits"
     )
     max_tool_calls: int | None = Field(
-        None, ge=1, description="of built-in tools; changes nothing: there are none"
+        None,
+        ge=1,
+        lt=INT64,
+        description="the most calls of built-in tools; there are none, so it changes nothing",
     )
 
     @property

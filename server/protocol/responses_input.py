@@ -10,82 +10,19 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from engine.types import InvalidRequest
 from server.protocol import body as bodies
 from server.protocol.base import Body
-from server.protocol.messages import TEXT_ONLY
+from server.protocol.parts import REFUSAL, Part, parts_schema, text_of, text_of_parts, text_schema
 
 B = TypeVar("B", bound=Body)
 Status = Literal["in_progress", "completed", "incomplete"]
 
-_MESSAGE_PARTS = ("input_text", "output_text", "refusal")
-_ANSWERED = {"annotations", "logprobs"}  # of an earlier answer: they change nothing
+_INPUT = Part("input_text")
+_MESSAGE = (_INPUT, Part("output_text", also=("annotations", "logprobs")), REFUSAL)
+_SUMMARY, _THOUGHT = Part("summary_text"), Part("reasoning_text")
 
-
-def text_of(value: Any, allowed: tuple[str, ...] = _MESSAGE_PARTS) -> str:
-    """A string, or text parts joined without anything between them. Raises InvalidRequest.
-
-    A refusal is text as well: it is what the assistant said.
-    """
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest("this must be a string or a list of text parts")
-    return "".join(_part_text(part, f"[{i}]", allowed) for i, part in enumerate(value))
-
-
-def _part_text(part: Any, param: str, allowed: tuple[str, ...]) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str):
-        raise InvalidRequest("a content part must be an object with a 'type'", param)
-    if kind not in allowed:
-        message = f"parts of type '{kind[:64]}' are not supported here: {TEXT_ONLY} ({', '.join(allowed)})"
-        raise InvalidRequest(message, f"{param}.type", "unsupported_content")
-    own = "refusal" if kind == "refusal" else "text"
-    known = {"type", own} | (_ANSWERED if kind == "output_text" else set())
-    for name, field in part.items():
-        if name not in known and field is not None:
-            message = f"a part of type '{kind}' has no field '{name[:64]}'"
-            raise InvalidRequest(message, f"{param}.{name[:64]}", "unknown_field")
-    if not isinstance(part.get(own), str):
-        raise InvalidRequest(f"a part of type '{kind}' needs the string '{own}'", f"{param}.{own}")
-    return str(part[own])
-
-
-def _parts_schema(*kinds: str) -> dict[str, Any]:
-    return {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _part_schema(*kinds)}]}
-
-
-def _part_schema(*kinds: str) -> dict[str, Any]:
-    def of(names: list[str], text: str) -> dict[str, Any]:
-        properties = {"type": {"enum": names}, text: {"type": "string"}}
-        return {"type": "object", "properties": properties, "required": ["type", text]}
-
-    texts = [kind for kind in kinds if kind != "refusal"]
-    schemas = [of(texts, "text"), *([of(["refusal"], "refusal")] if "refusal" in kinds else [])]
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-
-def _texts(kind: str) -> Any:
-    """Validator of a list of parts that are all of `kind`: their text, joined."""
-
-    def read(value: Any) -> str:
-        if not isinstance(value, list):
-            raise InvalidRequest(f"this must be a list of parts of type '{kind}'")
-        return "".join(_part_text(part, f"[{i}]", (kind,)) for i, part in enumerate(value))
-
-    return BeforeValidator(read)
-
-
-Text = Annotated[str, BeforeValidator(text_of), WithJsonSchema(_parts_schema(*_MESSAGE_PARTS))]
-ToolText = Annotated[
-    str,
-    BeforeValidator(lambda value: text_of(value, ("input_text",))),
-    WithJsonSchema(_parts_schema("input_text")),
-]
-Summary = Annotated[
-    str, _texts("summary_text"), WithJsonSchema({"type": "array", "items": _part_schema("summary_text")})
-]
-Thought = Annotated[
-    str, _texts("reasoning_text"), WithJsonSchema({"type": "array", "items": _part_schema("reasoning_text")})
-]
+Text = Annotated[str, BeforeValidator(text_of(*_MESSAGE)), WithJsonSchema(text_schema(*_MESSAGE))]
+ToolText = Annotated[str, BeforeValidator(text_of(_INPUT)), WithJsonSchema(text_schema(_INPUT))]
+Summary = Annotated[str, BeforeValidator(text_of_parts(_SUMMARY)), WithJsonSchema(parts_schema(_SUMMARY))]
+Thought = Annotated[str, BeforeValidator(text_of_parts(_THOUGHT)), WithJsonSchema(parts_schema(_THOUGHT))]
 
 
 def pick(value: Any, kinds: Mapping[str, type[B]], what: str) -> B:

@@ -63,14 +63,7 @@ class TokenizeBody(Body):
 
     def chat(self, model: str) -> ChatBody:
         """The conversation as the request for an answer would have it. Raises InvalidRequest."""
-        same = (
-            "messages",
-            "add_generation_prompt",
-            "continue_final_message",
-            "tools",
-            "chat_template_kwargs",
-        )
-        given = {name: getattr(self, name) for name in same}
+        given = {name: getattr(self, name) for name in ("messages", *_OF_MESSAGES)}
         return validate(ChatBody, {"model": model} | {k: v for k, v in given.items() if v is not None})
 
 

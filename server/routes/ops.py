@@ -55,5 +55,11 @@ async def get_version() -> dict[str, str]:
 @router.get("/metrics", **documented(errors=(500,)), response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus' text, or OpenMetrics if asked for."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(context_of(request).metrics.registry), media_type=content_type)
+    registry = context_of(request).metrics.registry
+    try:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        text = encode(registry)
+    except (TypeError, ValueError):  # it compares versions, and not every text is one
+        encode, content_type = choose_encoder("")
+        text = encode(registry)
+    return Response(text, media_type=content_type)

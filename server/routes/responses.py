@@ -22,7 +22,7 @@ from server.protocol.responses import ResponsesBody
 from server.protocol.responses_answer import ResponsesAnswer, ResponsesEvent
 from server.protocol.responses_examples import RESPONSES
 from server.responses_chat import chat_body, renamed
-from server.responses_events import Event, Output, Status
+from server.responses_events import Event, Logprobs, Output, Status
 from server.responses_object import ResponseObject
 from server.responses_stream import named_events
 from server.stream import attended, plain
@@ -55,6 +55,7 @@ class _Answer:
         self._chat = chat_body(body)
         self._object = ResponseObject(body)
         self._output = Output()
+        self._told = 0  # tokens whose log-probabilities are told, or passed over
         self._status: Status = "completed"
 
     async def choice(self) -> Choice:
@@ -95,20 +96,30 @@ class _Answer:
                     yield event
 
     def _take(self, piece: Piece) -> list[Event]:
-        events = self._output.push(piece.delta, self._logprobs(piece))
+        choice = piece.choice
+        told: list[Logprobs] = []
+        if self._body.logprobs:
+            told = [self._logprobs(choice, choice.tokens_of(*span)) for span in piece.delta.spans]
+        events = self._output.push(piece.delta, told)
         if piece.finish_reason is not None:
             self._status = "incomplete" if piece.finish_reason == "length" else "completed"
-            events += self._output.finish(self._status)
+            events += self._output.finish(self._status, self._last_logprobs(choice))
         return events
 
-    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
-        """Those of the piece's tokens that are not reasoning."""
-        end = piece.choice.turn.reasoning_end
-        if not self._body.logprobs or end is None:
-            return []
-        said = piece.logprobs[bisect_left(piece.offsets, end) :]
+    def _logprobs(self, choice: Choice, tokens: range) -> Logprobs:
+        """Of those of `tokens` that have not been told: the text of one may be in two pieces."""
+        untold = choice.logprobs[max(tokens.start, self._told) : tokens.stop]
+        self._told = max(self._told, tokens.stop)
         as_ids = self._body.return_tokens_as_token_ids
-        return list(chat_logprobs(self._context.table, said, as_ids=as_ids)["content"])
+        told: Logprobs = chat_logprobs(self._context.table, untold, as_ids=as_ids)["content"]
+        return told
+
+    def _last_logprobs(self, choice: Choice) -> Logprobs:
+        """Of the tokens after all text, unless they end the reasoning."""
+        if not self._body.logprobs or choice.turn.reasoning_end is None:
+            return ()
+        first = bisect_left(choice.offsets, len(choice.text))
+        return self._logprobs(choice, range(first, len(choice.offsets)))
 
     def _ended(self, choice: Choice) -> dict[str, Any]:
         result = self._object.ended(self._status, self._output.items(), choice)

@@ -70,24 +70,30 @@ class CallParser:
         self._form, self._names, self._new_id, self._sure = form, frozenset(names), new_id, sure
         self._only = only
         self._buffer = ""
+        self._passed = 0  # characters before the buffer
         self._space = ""  # whitespace that is content only if content follows
         self._begun = begun  # there was content or a call
         self._after = False  # nothing but whitespace since a call
         self._inside: _Unit | None = None
         self._count = 0
         self._told: list[str | ToolDelta] = []
+        self.spans: list[tuple[int, int]] = []
+        """Of the last push: where each piece of content lies in all of the text, from start to before end."""
         self.cut = False
         """A call was told in part, and then the text broke off."""
 
     def push(self, text: str, *, final: bool) -> list[str | ToolDelta]:
         """Takes the next piece in; gives, in order, content and deltas that nothing can take back."""
         self._buffer += text
-        self._told = []
+        self._told, self.spans = [], []
         while self._outside(final) if self._inside is None else self._call(self._inside, final):
             pass
         if final and self._space and not self._after:
-            self._told.append(self._space)
-        return [each for each in self._told if not (self._only and isinstance(each, str))]
+            self._content(self._space, self._passed)
+        if not self._only:
+            return self._told
+        self.spans = []
+        return [each for each in self._told if isinstance(each, ToolDelta)]
 
     def _outside(self, final: bool) -> bool:
         """Content up to the next call. False: no more to be had from the buffer."""
@@ -101,12 +107,11 @@ class CallParser:
                 return True
         at = buffer.find(begin)
         if at >= 0:
-            self._show(buffer[:at])
-            self._buffer, self._inside = buffer[at:], _Unit(len(begin))
+            self._show(self._pass(at))
+            self._inside = _Unit(len(begin))
             return True
         kept = 0 if final else held_back(buffer, begin)
-        self._show(buffer[: len(buffer) - kept])
-        self._buffer = buffer[len(buffer) - kept :]
+        self._show(self._pass(len(buffer) - kept))
         return False
 
     def _bare_start(self, buffer: str) -> int:
@@ -118,13 +123,24 @@ class CallParser:
             at = skip_space(buffer, at + len(self._form.separator))
         return at
 
+    def _pass(self, count: int) -> str:
+        """Takes so many characters off the buffer."""
+        passed, self._buffer = self._buffer[:count], self._buffer[count:]
+        self._passed += count
+        return passed
+
     def _show(self, text: str) -> None:
+        """Content that ends where the buffer begins."""
         text = self._space + text
         body = text.rstrip()
         self._space = text[len(body) :]
         if body:
-            self._told.append(body)
+            self._content(body, self._passed - len(self._space))
             self._begun, self._after = True, False
+
+    def _content(self, text: str, end: int) -> None:
+        self._told.append(text)
+        self.spans.append((end - len(text), end))
 
     def _call(self, unit: _Unit, final: bool) -> bool:
         """Goes on with a call. False: it is not over and the buffer is used up."""
@@ -249,7 +265,8 @@ class CallParser:
             unit.told, unit.rest = number + 1, item.end
 
     def _close(self, end: int) -> None:
-        self._buffer, self._inside = self._buffer[end:], None
+        self._pass(end)
+        self._inside = None
 
     def _broken(self, unit: _Unit, at: int) -> bool:
         """No call, up to `at`: content, but for what has been told already."""

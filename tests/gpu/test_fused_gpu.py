@@ -137,10 +137,12 @@ def engine(dtype: torch.dtype, rows: int = 8) -> Engine:
     return Engine(config, parts)
 
 
-def texts(engine: Engine, params: SamplingParams, speculations: list[SpeculationParams]) -> tuple[Any, ...]:
-    """Tokens of eight requests, the events' drafted and accepted in sum."""
+def texts(
+    engine: Engine, params: SamplingParams, speculations: list[SpeculationParams], rows: int = 8
+) -> tuple[Any, ...]:
+    """Tokens of so many requests, the events' drafted and accepted in sum."""
     source, found = random.Random(1), {}
-    for i in range(8):
+    for i in range(rows):
         ids = tuple(source.randrange(3, VOCAB) for _ in range(source.randrange(3, 60)))
         found[str(i)] = []
         engine.add(
@@ -212,6 +214,40 @@ def test_the_device_drafts_what_the_host_drafts() -> None:
     same = sum(a == b for a, b in zip(*drafts, strict=False))
     assert same >= 0.98 * len(drafts[0]), f"{same} of {len(drafts[0])} drafts alike"
     assert sum(map(len, drafts[0])) > 1.1 * len(drafts[0])  # some of more than one token
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7], ids=["greedy", "seeded"])
+def test_passes_with_their_verdict_give_what_their_pieces_give(temperature: float) -> None:
+    """In bf16, where the target has a lane: the same texts, drafts and verdicts without it."""
+    params = SamplingParams(
+        temperature=temperature, seed=9 if temperature else None, max_tokens=50, ignore_eos=True
+    )
+    made = engine(torch.bfloat16)
+    lane, begun = made._lane, 0
+    assert lane is not None
+    begin = lane.begin
+
+    def counting(*args: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        return begin(*args)
+
+    lane.begin = counting  # type: ignore[method-assign]
+    speculations = (
+        SpeculationParams(drafter="none"),
+        SpeculationParams(policy="static", options={"sl": 3}),
+        SpeculationParams(policy="heuristic"),
+        SpeculationParams(policy="bandit"),
+    )
+    for speculation in speculations:
+        before = begun
+        with_lane = texts(made, params, [speculation], rows=2)
+        assert begun > before + 5, speculation
+        made._lane = None
+        made._blocks.reset_cache()
+        assert speculation.policy == "bandit" or texts(made, params, [speculation], rows=2) == with_lane
+        made._lane = lane
+        made._blocks.reset_cache()
 
 
 def test_an_aborted_row_does_not_harm_the_others() -> None:

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
+from chat_support import Grammars
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from http_support import listening, running
+from template_families import with_template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -64,6 +66,26 @@ def make_app(
     settings: Settings, engine: FakeEngine, tokenizer: PreTrainedTokenizerFast
 ) -> Callable[..., FastAPI]:
     return lambda **changes: create_app(settings.model_copy(update=changes), engine, tokenizer)
+
+
+@pytest.fixture
+def grammars() -> Grammars:
+    return Grammars()
+
+
+@pytest.fixture
+def app_of(
+    tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, settings: Settings, grammars: Grammars
+) -> Callable[[str], FastAPI]:
+    """Apps of models with a chat template, with room for tools; grammars are noted, not compiled."""
+    engine.make_room(4096)
+
+    def app_of(template: str) -> FastAPI:
+        app = create_app(settings, engine, with_template(tokenizer, template))
+        app.state.context.grammars = grammars
+        return app
+
+    return app_of
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
+
 from engine.client import EngineState
 from engine.types import (
     EngineUnavailable,
@@ -73,6 +75,10 @@ class FakeEngine:
         if self.state == "loading":
             raise EngineUnavailable("loading")
         return self._info
+
+    def make_room(self, max_model_len: int) -> None:
+        """Another context length, in tokens."""
+        self._info = msgspec.structs.replace(self._info, max_model_len=max_model_len)
 
     async def start(self) -> None:
         if self.hold_loading is not None:

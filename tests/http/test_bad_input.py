@@ -13,6 +13,8 @@ from fastapi import FastAPI
 from http_support import running
 from pydantic import SecretStr
 
+from server.protocol import strict_json
+
 GOOD = {"model": "tiny", "prompt": "hello"}
 USER = [{"role": "user", "content": "hello"}]
 CHAT = {"model": "tiny", "messages": USER}
@@ -101,7 +103,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
         "messages[0].content[0].type",
         "image_url",
     ),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]", "text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "text"),
     ({"messages": [{"role": "user", "content": "forbidden"}]}, "messages", "no forbidden words"),
     ({"tools": [{}]}, "tools[0].type", "required"),
     ({"tool_choice": "required"}, "tool_choice", "no tools"),
@@ -169,6 +171,10 @@ async def test_bad_chat(
         (b'{"speculation": {"options": {"threshold": [Infinity]}}}', "Infinity"),
         (b'{"model": "a", "model": "b"}', "twice"),
         (b"[" * 5000 + b"]" * 5000, "nested"),
+        (b'{"x": ' * 201, "nested"),
+        (b"[" * 201 + b'"' + b'\\"' * 9000, "nested"),
+        (b"[]" * 201, "JSON"),
+        (b"[" + b'"[",' * 300 + b"1]", "object"),
         (b'{"n": ' + b"9" * 5000 + b"}", "JSON"),
     ],
     ids=str,
@@ -176,6 +182,12 @@ async def test_bad_chat(
 async def test_bad_json(client: httpx.AsyncClient, path: str, raw: bytes, word: str) -> None:
     error = check_error(await client.post(path, content=raw), 400)
     assert word in error["message"]
+
+
+def test_a_name_twice_among_many_is_found_at_once() -> None:
+    names = ",".join(f'"{i}": 0' for i in range(200_000))
+    with pytest.raises(ValueError, match="'199999' comes twice"):
+        strict_json.loads("{" + names + ', "199999": 0}')
 
 
 async def test_surrogate_pairs_are_characters(client: httpx.AsyncClient, engine: FakeEngine) -> None:

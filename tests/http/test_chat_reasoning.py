@@ -11,44 +11,18 @@ import pytest
 import template_families as families
 from chat_support import Grammars, ask, message_of, stream
 from fake_engine import FakeEngine
+from fastapi import FastAPI
 from http_support import running
-from template_families import with_template
-from transformers import PreTrainedTokenizerFast
-
-from server.app import create_app
-from server.settings import Settings
 
 Ids = Callable[[str], list[int]]
-Client = Callable[[str], Any]
+AppOf = Callable[[str], FastAPI]
 NO_TOOLS: dict[str, Any] = {"tools": []}
 TEXT = "<think>\nI wonder. 🎉\n</think>\n\nhello there"
 
 
 @pytest.fixture
-def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
-    return FakeEngine(len(tokenizer), max_model_len=4096)
-
-
-@pytest.fixture
-def grammars() -> Grammars:
-    return Grammars()
-
-
-@pytest.fixture
-def client_of(
-    tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, settings: Settings, grammars: Grammars
-) -> Client:
-    def client_of(template: str) -> Any:
-        app = create_app(settings, engine, with_template(tokenizer, template))
-        app.state.context.grammars = grammars
-        return running(app)
-
-    return client_of
-
-
-@pytest.fixture
-async def client(client_of: Client) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(families.THINKING) as client:
+async def client(app_of: AppOf) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(app_of(families.THINKING)) as client:
         yield client
 
 
@@ -83,9 +57,9 @@ async def test_reasoning_that_the_limit_cuts(client: httpx.AsyncClient, engine: 
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 12
 
 
-async def test_a_template_that_opens_the_tag(client_of: Client, engine: FakeEngine, ids: Ids) -> None:
+async def test_a_template_that_opens_the_tag(app_of: AppOf, engine: FakeEngine, ids: Ids) -> None:
     engine.answer = [*ids("I wonder.</think>hello"), 0]
-    async with client_of(families.OPENING) as client:
+    async with running(app_of(families.OPENING)) as client:
         message = (await ask(client, **NO_TOOLS))["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("I wonder.", "hello")
 
@@ -115,16 +89,16 @@ async def test_calls_after_reasoning(client: httpx.AsyncClient, engine: FakeEngi
     assert choice["finish_reason"] == "tool_calls"
 
 
-async def test_templates_without_tags_split_nothing(client_of: Client, engine: FakeEngine, ids: Ids) -> None:
+async def test_templates_without_tags_split_nothing(app_of: AppOf, engine: FakeEngine, ids: Ids) -> None:
     engine.answer = [*ids(TEXT), 0]
-    async with client_of(families.HERMES) as client:
+    async with running(app_of(families.HERMES)) as client:
         answer = await ask(client, **NO_TOOLS)
         assert answer["choices"][0]["message"]["content"] == TEXT
         assert "reasoning_tokens" not in answer["usage"]["completion_tokens_details"]
 
 
 async def test_a_grammar_leaves_room_for_reasoning(
-    client_of: Client, client: httpx.AsyncClient, engine: FakeEngine, grammars: Grammars, ids: Ids
+    app_of: AppOf, client: httpx.AsyncClient, engine: FakeEngine, grammars: Grammars, ids: Ids
 ) -> None:
     """What must match is the answer after the reasoning: it may come, or must."""
     engine.answer = [*ids("<think>hm</think>{}"), 0]
@@ -137,7 +111,7 @@ async def test_a_grammar_leaves_room_for_reasoning(
     assert grammars.format["elements"][1]["type"] == "tags_with_separator"
     await ask(client, chat_template_kwargs={"enable_thinking": False}, **asked)
     assert grammars.asked[-1].kind == "json_object"
-    async with client_of(families.OPENING) as opening:
+    async with running(app_of(families.OPENING)) as opening:
         await ask(opening, **asked)
         tag, _ = grammars.format["elements"][0]["elements"]
         assert json.dumps(tag["begin"]) == '""' and tag["end"] == "</think>"

@@ -10,33 +10,15 @@ import pytest
 import template_families as families
 from chat_support import TOOLS, Grammars, ask
 from fake_engine import FakeEngine
+from fastapi import FastAPI
 from http_support import running
-from template_families import with_template
-from transformers import PreTrainedTokenizerFast
-
-from server.app import create_app
-from server.settings import Settings
 
 Ids = Callable[[str], list[int]]
 
 
 @pytest.fixture
-def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
-    return FakeEngine(len(tokenizer), max_model_len=4096)
-
-
-@pytest.fixture
-def grammars() -> Grammars:
-    return Grammars()
-
-
-@pytest.fixture
-async def client(
-    tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, settings: Settings, grammars: Grammars
-) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(settings, engine, with_template(tokenizer, families.HERMES))
-    app.state.context.grammars = grammars
-    async with running(app) as client:
+async def client(app_of: Callable[[str], FastAPI]) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(app_of(families.HERMES)) as client:
         yield client
 
 

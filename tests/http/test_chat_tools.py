@@ -12,43 +12,17 @@ from chat_support import PARAMETERS, TOOLS, USER, Grammars, ask, calls_of, messa
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from http_support import joined, running
-from template_families import with_template
 from transformers import PreTrainedTokenizerFast
 
-from server.app import create_app
-from server.settings import Settings
-
 Ids = Callable[[str], list[int]]
-MakeApp = Callable[[str], FastAPI]
+AppOf = Callable[[str], FastAPI]
 PARIS = '{"city": "Paris, Île-de-France 🎉"}'
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": ' + PARIS + "}\n</tool_call>"
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture
-def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
-    return FakeEngine(len(tokenizer), max_model_len=4096)
-
-
-@pytest.fixture
-def grammars() -> Grammars:
-    return Grammars()
-
-
-@pytest.fixture
-def app_of(
-    tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, settings: Settings, grammars: Grammars
-) -> MakeApp:
-    def app_of(template: str) -> FastAPI:
-        app = create_app(settings, engine, with_template(tokenizer, template))
-        app.state.context.grammars = grammars
-        return app
-
-    return app_of
-
-
-@pytest.fixture
-async def client(app_of: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app_of: AppOf) -> AsyncIterator[httpx.AsyncClient]:
     async with running(app_of(families.HERMES)) as client:
         yield client
 
@@ -226,7 +200,7 @@ async def test_calls_go_back_in(client: httpx.AsyncClient, engine: FakeEngine, i
     assert "<|im_start|>tool noon<|im_end|>" in prompt
 
 
-async def test_templates_without_tools(app_of: MakeApp, engine: FakeEngine, ids: Ids) -> None:
+async def test_templates_without_tools(app_of: AppOf, engine: FakeEngine, ids: Ids) -> None:
     engine.answer = [*ids("hello"), 0]
     no_format = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
     for template, word in ((families.EFFORT, "knows no tools"), (no_format, "form known here")):
@@ -239,7 +213,7 @@ async def test_templates_without_tools(app_of: MakeApp, engine: FakeEngine, ids:
 
 
 async def test_markers_that_are_special_tokens(
-    app_of: MakeApp, engine: FakeEngine, ids: Ids, tokenizer: PreTrainedTokenizerFast
+    app_of: AppOf, engine: FakeEngine, ids: Ids, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """<|im_start|> stands in for a marker: it is read where the format has it, and no client sees it."""
     engine.answer = [*ids("<|im_end|>hi <|im_start|>"), 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -10,19 +10,13 @@ import pytest
 import template_families as families
 from chat_support import TOOLS, ask
 from fake_engine import FakeEngine
+from fastapi import FastAPI
 from http_support import running
-from template_families import with_template
-from transformers import PreTrainedTokenizerFast
-
-from server.app import create_app
-from server.settings import Settings
 
 
 @pytest.fixture
-async def client(
-    tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, settings: Settings
-) -> AsyncIterator[httpx.AsyncClient]:
-    async with running(create_app(settings, engine, with_template(tokenizer, families.HERMES))) as client:
+async def client(app_of: Callable[[str], FastAPI]) -> AsyncIterator[httpx.AsyncClient]:
+    async with running(app_of(families.HERMES)) as client:
         yield client
 
 
@@ -114,6 +108,11 @@ BAD_MESSAGES: list[tuple[list[dict[str, Any]], str, str]] = [
     ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0].type", "input_audio"),
     ([{"role": "user", "content": []}], "messages[0].content", "parts"),
     ([{"role": "user", "content": ["x"]}], "messages[0].content[0]", "object"),
+    (
+        [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}],
+        "messages[0].content[0].y",
+        "no field",
+    ),
     ([{"role": "assistant", "content": "x", "audio": {"id": "a"}}], "messages[0].audio", "not supported"),
 ]
 

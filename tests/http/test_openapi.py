@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
@@ -117,6 +116,13 @@ def test_every_field_of_a_request_is_described(page: dict[str, Any]) -> None:
             assert null or field in schema.get("required", []), f"{name}.{field} may be null"
 
 
+def test_content_parts_list_all_that_they_take(page: dict[str, Any]) -> None:
+    for name in ("Message", "MessageItem", "FunctionCallOutputItem", "ReasoningItem"):
+        fields = page["components"]["schemas"][name]["properties"]
+        text = json.dumps([fields.get(field, {}) for field in ("content", "output", "summary")])
+        assert 0 < text.count('"type": "object"') == text.count('"additionalProperties": false'), name
+
+
 def test_references_resolve(page: dict[str, Any]) -> None:
     for kind in ("schemas", "headers"):
         named = set(page["components"][kind])
@@ -135,7 +141,7 @@ async def test_keys(make_app: Callable[..., FastAPI], page: dict[str, Any]) -> N
 
 @pytest.fixture
 async def two_names(make_app: Callable[..., FastAPI], engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    engine._info = msgspec.structs.replace(engine._info, max_model_len=512)
+    engine.make_room(512)
     async with running(make_app(served_model_name=["tiny", "other"])) as client:
         yield client
 

@@ -124,3 +124,10 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_refuse(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Settings.model_validate(wrong)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+@pytest.mark.parametrize("version", ["x", "1.x", "2.x", "", "=", "0.0.4", "1.0.0", "99"])
+async def test_metrics_of_any_version(client: httpx.AsyncClient, kind: str, version: str) -> None:
+    response = await client.get("/metrics", headers={"accept": f"{kind}; version={version}"})
+    assert response.status_code == 200 and "disco_engine_up 1.0" in response.text

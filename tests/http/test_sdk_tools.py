@@ -9,15 +9,11 @@ from typing import Any
 import openai
 import pytest
 import template_families as families
-from chat_support import TOOLS, Grammars
+from chat_support import TOOLS
 from fake_engine import FakeEngine
+from fastapi import FastAPI
 from http_support import listening
 from pydantic import BaseModel
-from template_families import with_template
-from transformers import PreTrainedTokenizerFast
-
-from server.app import create_app
-from server.settings import Settings
 
 Ids = Callable[[str], list[int]]
 USER: Any = [{"role": "user", "content": "hello"}]
@@ -32,17 +28,8 @@ class Weather(BaseModel):
 
 
 @pytest.fixture
-def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
-    return FakeEngine(len(tokenizer), max_model_len=4096)
-
-
-@pytest.fixture
-async def sdk(
-    tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, settings: Settings
-) -> AsyncIterator[openai.AsyncOpenAI]:
-    app = create_app(settings, engine, with_template(tokenizer, families.THINKING))
-    app.state.context.grammars = Grammars()
-    async with listening(app) as port:
+async def sdk(app_of: Callable[[str], FastAPI]) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with listening(app_of(families.THINKING)) as port:
         url = f"http://127.0.0.1:{port}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             yield client

@@ -50,6 +50,11 @@ def added_up(deltas: list[Delta]) -> tuple[str, str, list[tuple[str, str, str]]]
     return reasoning, "".join(delta.content for delta in deltas), [(a, b, c) for a, b, c in calls]
 
 
+def covered(deltas: list[Delta]) -> list[int]:
+    """The places in the raw text that content is of."""
+    return [place for delta in deltas for span in delta.spans for place in range(*span)]
+
+
 def cut(text: str, places: Sequence[int]) -> list[str]:
     ends = [*sorted(place % (len(text) + 1) for place in places), len(text)]
     starts = [0, *ends[:-1]]
@@ -93,10 +98,15 @@ PLACES = st.sampled_from([None, *Place])
 def test_any_chunking_gives_the_same(
     name: str, text: str, places: list[int], sure: bool, place: Place | None
 ) -> None:
-    whole, _ = read(reader(name, sure=sure, place=place), [text])
+    whole, at_once = read(reader(name, sure=sure, place=place), [text])
     pieces, deltas = read(reader(name, sure=sure, place=place), cut(text, places))
     single, _ = read(reader(name, sure=sure, place=place), list(text) or [""])
     assert found(pieces) == found(whole) == found(single) == added_up(deltas)
+    for each in (deltas, at_once):
+        spans = [span for delta in each for span in delta.spans]
+        parts = [part for delta in each for part in delta.parts if isinstance(part, str)]
+        assert [text[start:end] for start, end in spans] == parts
+    assert covered(deltas) == covered(at_once)
 
 
 @settings(max_examples=300, deadline=None)

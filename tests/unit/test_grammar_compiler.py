@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.grammar import MARKERS, Grammars, allows, vocabulary
 from engine.types import CompiledGrammar, EngineUnavailable, InvalidRequest
-from server.grammar import GrammarCompiler, Structure
+from server.grammar import GrammarCompiler, Structure, _key, _Lane
 from server.reasoning import BEGIN, END
 from server.tools import names
 from server.tools.format import by_name
@@ -159,44 +161,112 @@ async def test_grammars_are_compiled_once(compiler: GrammarCompiler):
     assert other.key != many[0].key
 
 
-async def test_what_takes_too_long_is_killed_and_the_next_one_compiles(tokenizer: PreTrainedTokenizerFast):
-    one = build(tokenizer, seconds=1.0)
-    try:
-        slow = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
-        first = await one.compile(structure("regex", "a"))
-        process = one._process
-        assert process is not None and first.data
-        with pytest.raises(InvalidRequest, match="takes longer than 1 seconds"):
-            await one.compile(structure("json_schema", json.dumps(slow)))
-        assert not psutil.pid_exists(process.pid or 0)
-        assert (await one.compile(structure("regex", "b"))).data
-        assert one._process is not process
-    finally:
-        one.close()
-    assert one._process is None
+SLOW: dict[str, Any] = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
 
 
-async def test_a_process_that_dies_is_replaced(tokenizer: PreTrainedTokenizerFast):
-    one = build(tokenizer)
-    try:
-        await one.compile(structure("regex", "a"))
-        assert one._process is not None
-        os.kill(one._process.pid or 0, 9)
-        one._process.join()
-        assert (await one.compile(structure("regex", "b"))).data
-        asking = asyncio.create_task(one.compile(structure("regex", "c")))
-        asking.cancel()  # whoever asked is gone; the next answer is the next one's own
-        await asyncio.gather(asking, return_exceptions=True)
-        assert (await one.compile(structure("grammar", "root ::= [a-z]"))).data
-    finally:
-        one.close()
+def slow(i: int = 0) -> Structure:
+    return structure("json_schema", json.dumps({**SLOW, "title": str(i)}))
+
+
+def compiling(pid: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+async def idle(pid: int) -> bool:
+    """Whether nothing is being compiled, soon."""
+    for _ in range(100):
+        if not compiling(pid):
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+async def own(
+    tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest
+) -> AsyncIterator[tuple[GrammarCompiler, int]]:
+    """A started compiler and its process id. The parameter: seconds."""
+    one = build(tokenizer, seconds=getattr(request, "param", 30.0))
+    await one.compile(structure("regex", "a"))
+    assert one._forks is not None and one._forks.pid is not None
+    pid = one._forks.pid
+    yield one, pid
+    one.close()
+    assert one._forks is None and not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("own", [1.0], indirect=True)
+async def test_what_takes_too_long_is_killed_and_the_next_one_compiles(own: tuple[GrammarCompiler, int]):
+    one, pid = own
+    with pytest.raises(InvalidRequest, match="takes longer than 1 seconds"):
+        await one.compile(slow())
+    assert await idle(pid)
+    assert (await one.compile(structure("regex", "b"))).data
+    assert one._forks is not None and one._forks.pid == pid
+
+
+async def test_light_grammars_do_not_wait_for_heavy_ones(own: tuple[GrammarCompiler, int]):
+    one, pid = own
+    heavy = [asyncio.create_task(one.compile(slow(i))) for i in range(4)]
+    await asyncio.sleep(0.1)
+    for i, most in enumerate((len(heavy) + 2.0, 2.0, 2.0)):  # each of the heavy ones was tried for 1 s
+        async with asyncio.timeout(most):
+            assert (await one.compile(structure("regex", f"light{i}"))).data
+        assert len(compiling(pid)) <= 2
+    assert not all(task.done() for task in heavy)
+    for task in heavy:
+        task.cancel()
+    await asyncio.gather(*heavy, return_exceptions=True)
+    assert await idle(pid)  # nobody waits for them
+
+
+async def test_what_takes_much_memory_is_given_more_once(own: tuple[GrammarCompiler, int]):
+    one, _ = own
+    schema = json.dumps({"type": "object", "properties": dict(list(SLOW["properties"].items())[:200])})
+    little, much = _Lane(20.0, 8 << 20), _Lane(20.0, 1 << 30)
+    one._lanes = little, little
+    with pytest.raises(InvalidRequest, match="memory"):
+        await one.compile(structure("json_schema", schema))
+    one._lanes = little, much
+    assert (await one.compile(structure("json_schema", schema + " "))).data
+
+
+async def test_a_process_that_dies_is_replaced(own: tuple[GrammarCompiler, int]):
+    one, pid = own
+    os.kill(pid, 9)
+    with contextlib.suppress(EngineUnavailable):  # asked before it was known
+        await one.compile(structure("regex", "b"))
+    assert (await one.compile(structure("regex", "b"))).data
+    assert one._forks is not None and one._forks.pid != pid
+
+
+async def test_whoever_leaves_takes_no_answer_of_others(own: tuple[GrammarCompiler, int]):
+    one, _ = own
+    asking = asyncio.create_task(one.compile(structure("regex", "c")))
+    await asyncio.sleep(0.01)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    grammar = await one.compile(structure("grammar", "root ::= [a-z]"))
+    assert grammar.key == _key(structure("grammar", "root ::= [a-z]")) and grammar.data
+
+
+async def test_what_is_being_compiled_ends_with_the_server(own: tuple[GrammarCompiler, int]):
+    one, pid = own
+    task = asyncio.create_task(one.compile(slow()))
+    while not compiling(pid):
+        await asyncio.sleep(0.01)
+    [child] = compiling(pid)
+    one.close()
+    with pytest.raises(EngineUnavailable, match="closing"):
+        await task
+    child.wait(5)
 
 
 async def test_too_much_text_is_refused_unread(tokenizer: PreTrainedTokenizerFast):
     one = build(tokenizer, max_bytes=10)
     with pytest.raises(InvalidRequest, match="12 bytes are too many: at most 10"):
         await one.compile(structure("regex", "é" * 6))
-    assert one._process is None  # nothing was started for it
+    assert one._forks is None  # nothing was started for it
 
 
 async def test_nothing_is_compiled_after_the_end(tokenizer: PreTrainedTokenizerFast):
@@ -217,3 +287,13 @@ def test_markers_of_calls_are_text_in_a_grammar_though_they_are_special_tokens(
     texts = vocabulary(own, len(own)).decoded_vocab
     assert texts[own.convert_tokens_to_ids("[TOOL_CALLS]")] == b"[TOOL_CALLS]"
     assert texts[own.convert_tokens_to_ids("<tool>")].startswith(b"\xff")
+
+
+async def test_tokens_of_a_tag_are_told_by_ids_that_there_are(compiler: GrammarCompiler):
+    for token, where in (("a", "$.format.token: tokens are told by their ids"), (10**6, "1000000")):
+        tag = {"type": "structural_tag", "format": {"type": "token", "token": token}}
+        with pytest.raises(InvalidRequest) as caught:
+            await compiler.compile(
+                structure("structural_tag", json.dumps(tag), "structured_outputs.structural_tag")
+            )
+        assert where in caught.value.message

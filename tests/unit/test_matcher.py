@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+
 import numpy as np
 import pytest
 import xgrammar
 
 from engine.grammar import Allowed, Grammars, Matcher, allows, words_of
+from engine.reading import Unread
 from engine.types import CompiledGrammar, InvalidRequest
 
 TEXTS = [b"a", b"b", b"ab", b"c", b"\xffeos", b"\xffother", b""]
@@ -118,9 +123,34 @@ def test_grammars_are_kept_by_key_within_their_bound():
     tight.matcher(compiled("b"))
     with pytest.raises(InvalidRequest):
         tight.matcher(CompiledGrammar(first.key, b"read again"))
+    with pytest.raises(Unread) as caught:
+        tight.matcher(CompiledGrammar(first.key, b""))
+    assert caught.value.shelf is tight and caught.value.key == first.key
+    tight.keep(first.key, tight.read(first.data))
+    assert tokens(tight.matcher(CompiledGrammar(first.key, b"")).after([])) == {0, 2}
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"__VERSION__": "v0"}'])
+def test_others_go_on_while_a_large_one_is_read():
+    """Reading lets go of the GIL: else it would hold up the engine from a thread as well."""
+    source = random.Random(0)
+    texts = [bytes(source.choices(range(256), k=source.randint(1, 8))) for _ in range(20000)]
+    info = xgrammar.TokenizerInfo([b"\\xffeos", *texts], xgrammar.VocabType.RAW, stop_token_ids=[0])
+    named = {f"p{i}": {"type": "string", "pattern": f"^[^a]{{1,30}}x{i}$"} for i in range(8)}
+    schema = {"type": "object", "properties": named}
+    grammar = xgrammar.GrammarCompiler(info, max_threads=1).compile_json_schema(schema)
+    large = CompiledGrammar("large", grammar.serialize_json().encode())
+    gaps, begin, kept = [], time.perf_counter(), Grammars(info, (0,))
+    reading = threading.Thread(target=kept.read, args=(large.data,))
+    reading.start()
+    last = begin
+    while reading.is_alive():
+        time.sleep(0.0005)
+        gaps.append(time.perf_counter() - last)
+        last += gaps[-1]
+    assert last - begin > 0.05 and max(gaps) < 0.7 * (last - begin)
+
+
+@pytest.mark.parametrize("data", [b" ", b"{}", b"\xff", b'{"__VERSION__": "v0"}'])
 def test_what_is_no_grammar_is_refused(data: bytes):
     with pytest.raises(InvalidRequest) as caught:
         Grammars(INFO, (EOS,)).matcher(CompiledGrammar("key", data))

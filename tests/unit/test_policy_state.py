@@ -34,7 +34,7 @@ def config(target: Path, state: Path | None, **changes: Any) -> EngineConfig:
 def made(settings: EngineConfig) -> Engine:
     """An engine for which drafting pays, whatever this machine measures."""
     engine = Engine(settings)
-    engine.costs = EngineCosts()
+    engine._drafting.costs = EngineCosts()
     engine.costs.drafts["model"].know(1, 1, 0.001)
     for tokens in (1, 8, 32):
         engine.costs.verify.know(1, tokens, 0.01)

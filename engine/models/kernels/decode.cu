@@ -1,8 +1,8 @@
 // One launch, one pass of a Llama-shaped decoder over at most MT tokens: bf16 weights, paged KV.
 //
-// Every multiprocessor owns a fixed range of each matrix's rows. One warp of it, the producer,
-// streams these rows in the order of the pass through a ring in shared memory and never waits for
-// anything but free space, so that memory stays busy while the eight consumer warps wait for other
+// Every multiprocessor owns a fixed range of each matrix's rows and a part of the context. One warp of
+// it, the producer, streams these in the order of the pass through a ring in shared memory and never
+// waits for anything but free space, so that memory stays busy while the eight consumer warps wait for other
 // multiprocessors, attend, or reduce. Products run on the tensor cores: tokens are the 16 rows of
 // m16n8k16, eight weight rows its columns, and the order of k within 32 is permuted alike on both
 // sides so that every operand is one 16-byte load.
@@ -22,7 +22,9 @@
 #include "decode_state.cuh"
 #include "decode_memory.cuh"
 #include "decode_products.cuh"
+#include "decode_merge.cuh"
 #include "decode_attention.cuh"
+#include "decode_stream.cuh"
 
 template <class T>
 __device__ __forceinline__ void clear(T *from, int stride, int first, int end, int tokens) {
@@ -97,12 +99,6 @@ __device__ __forceinline__ void compute(Shared &s, const Params &p, unsigned cha
     prepare(s, p, r, s.meta.tokens);
     if (tid == 0) s.items = items_of(s, me, s.item);
     consumers_sync();
-    if (me < s.items) {
-#pragma unroll 1
-        for (int i = tid; i < min(TABLE, s.item.to - s.item.from); i += CONSUMERS)
-            s.table[i] = p.tables[s.meta.line[s.item.row] * p.table_stride + s.item.from + i];
-    }
-    consumers_sync();
     if (tid < 32) {  // of the launch before: all of it has ended
         clear(p.hn_of(2, last ^ 1), H, r.h0, r.h1, ROWS);
         clear((u32 *)p.sumsq_of(2, last ^ 1), ROWS, me * ROWS, me * ROWS + ROWS, 1);
@@ -116,7 +112,7 @@ __device__ __forceinline__ void compute(Shared &s, const Params &p, unsigned cha
             if (product.kind == OUT) {
 #pragma unroll 1
                 while (s.cleared < l) __nanosleep(20);
-                attend(s, p, me, l);
+                at = attend(s, p, ring, at, me, l);
             }
             const int use = product.kind == HEAD ? 2 : product.kind == GATE_UP;
             const bool normed = product.kind == QKV || product.kind == GATE_UP || product.kind == HEAD;
@@ -156,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (tid < CONSUMERS)
         compute(s, p, ring, r, me);
     else if (tid < CONSUMERS + 32)
-        stream_weights(s, p, ring, r);
+        stream(s, p, ring, r, me);
     else
         keep_clear(s, p, r, me);
 }

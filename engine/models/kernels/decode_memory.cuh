@@ -50,11 +50,6 @@ __device__ __forceinline__ void load_until_there(Load load, Missing missing) {
         if (++tries > (1u << 23)) __trap();
     } while (__any_sync(~0u, missing()));
 }
-__device__ __forceinline__ uint4 load_kv(const void *p) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    return v;
-}
 __device__ __forceinline__ uint4 load_shared(const void *p) {
     return *reinterpret_cast<const uint4 *>(p);
 }
@@ -90,4 +85,11 @@ __device__ __forceinline__ void wait(u64 *bar, u32 phase) {
                      : "=r"(done) : "r"(address(bar)), "r"(phase) : "memory");
         if (tries > (1u << 24)) __trap();  // never in working code: better a fault than a hung device
     }
+}
+
+// This warp is done with a stage.
+__device__ __forceinline__ void release(Shared &s, Ring &at) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&s.empty[at.stage])) : "memory");
+    at.next();
 }

@@ -1,4 +1,4 @@
-// Matrix products: the producer that streams weights, the consumers that multiply, what is handed on.
+// Matrix products: the consumers that multiply, and what is handed on.
 
 // The products of a layer in their order, and the head. One piece of code serves them all: a pass runs it
 // hundreds of times, and what does not fit the instruction cache would be fetched each time.
@@ -15,53 +15,6 @@ struct Product {
     __device__ __forceinline__ int per() const { return kind == GATE_UP ? 4 : 8; }  // units of a tile of eight rows
     __device__ __forceinline__ int tiles() const { return (end - first + per() - 1) / per(); }
 };
-
-__device__ __forceinline__ void stream_weights(Shared &s, const Params &p, unsigned char *ring, const Range &r) {
-    const int lane = threadIdx.x & 31;
-    Ring at, landed;
-    int asked = 0;
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#pragma unroll 1
-    for (int n = 0; n <= 4 * LAYERS; n++) {
-        const Product product(n, r);
-        const u16 *w = product.kind == HEAD ? p.head : s.layers[product.layer].weights[product.kind];
-        const bool pairs = product.kind == GATE_UP;  // four rows of gate, then the same four of up
-        const int tiles = product.tiles();
-#pragma unroll 1
-        for (int group = 0; group < tiles; group += G) {
-            const int stop = min(group + G, tiles);
-#pragma unroll 1
-            for (int kc = 0; kc < product.k; kc += KC) {
-                const u32 bytes = min(KC, product.k - kc) * 2;
-#pragma unroll 1
-                for (int tile = group; tile < stop; tile++) {
-                    const int unit = product.first + tile * product.per() + (pairs ? lane & 3 : lane);
-                    const bool valid = lane < 8 && unit < product.end;
-                    const int row = pairs && lane >= 4 ? INTER + unit : unit;
-                    const u32 count = __popc(__ballot_sync(~0u, valid));
-                    // Of the ring only IN_FLIGHT stages are asked for at a time: what the memory needs to
-                    // stay busy. With more, requests queue, and other loads wait behind them.
-                    if (asked == (IN_FLIGHT < STAGES ? IN_FLIGHT : STAGES)) {
-                        wait(&s.full[landed.stage], landed.phase);
-                        landed.next();
-                    } else {
-                        asked++;
-                    }
-                    wait(&s.empty[at.stage], at.phase ^ 1);
-                    const u32 full = address(&s.full[at.stage]);
-                    if (lane == 0)
-                        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(count * bytes) : "memory");
-                    __syncwarp();
-                    if (valid)
-                        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                                     ::"r"(address(ring + at.stage * STAGE + lane * PITCH)), "l"(w + (u64)row * product.k + kc), "r"(bytes), "r"(full), "l"(policy) : "memory");
-                    at.next();
-                }
-            }
-        }
-    }
-}
 
 // ---- between the multiprocessors
 
@@ -142,9 +95,7 @@ __device__ __forceinline__ void multiply(Shared &s, unsigned char *ring, Ring &a
             mma(odd, a.z, c.z, a.w, c.w, b.z, b.w);
         }
     }
-    __syncwarp();
-    if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&s.empty[at.stage])) : "memory");
-    at.next();
+    release(s, at);
 #pragma unroll
     for (int e = 0; e < 2 * TG; e++) sums[e] = even[e] + odd[e] + (fresh ? 0.f : sums[e]);
 }

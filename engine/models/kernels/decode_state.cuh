@@ -20,20 +20,24 @@ typedef unsigned long long u64;
 #define TG (MT / 8)
 #define BLOCK 16               // positions of one KV block
 #define HPAD (HD + 8)
+#define STAGE_BLOCKS (STAGE / (2 * BLOCK * HD * 2))  // KV blocks of one head that a ring stage holds
 #define RED_FLOATS (4 * 16 * HD > WARPS * G * 8 * MT ? 4 * 16 * HD : WARPS * G * 8 * MT)
 #define OWN ((H + NSM - 1) / NSM)
 #define OWN_QKV ((NQKV + NSM - 1) / NSM)
+#define SPLIT_BLOCKS 4           // of the context, at least, that a multiprocessor is given
 #define TABLE 256
 #define ABSENT 0xffffffffu          // in two halves: no bf16 or float that arithmetic gives
 #define ROWS 16                     // tokens a buffer has room for
 #define AHEAD 2                     // stages of activations that are loaded ahead
 #define LANES (CONSUMERS / MT)   // threads that add up one token's squares
 #define PARTS ((NSM + LANES - 1) / LANES)
+#define PARTS_A_LANE 5           // of a split context that one lane adds up: 32 lanes have room for NSM
 
 struct Layer {
     const u16 *weights[4];  // by Kind: qkv, out, gate and up, down
     const u16 *qkv_bias, *o_bias, *norm1, *norm2, *qnorm, *knorm;
     u16 *k, *v;
+    u64 keys, values;  // where the tensor maps of k and v lie: [position, KV head, HD]
 };
 
 struct Params {
@@ -94,7 +98,7 @@ struct Shared {
     int items;                              // of the whole pass
     u16 bias[LAYERS][OWN_QKV];              // of this multiprocessor's rows, as are the norms
     u16 norms[2 * LAYERS + 1][OWN];         // before attention and before the MLP of each layer; the last
-    int table[TABLE];                       // blocks of this multiprocessor's first share of attention
+    int table[TABLE];                       // blocks of its first item of attention, for the producer
     float rstd[MT];
     float ml[WARPS][16][2];
     float2 rope[MT][HD / 2];

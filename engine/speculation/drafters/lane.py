@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.models import decode
+from engine.models.decode_data import META, MOST, write_meta
 from engine.models.fused import FusedRunner
 from engine.models.kernels.advance import MOST_SL, REASONS, advance
 from engine.models.kernels.attention import Places
@@ -50,7 +50,7 @@ class Lane:
         self._vocab, self._most_sl, self._pool = vocab, most_sl, pool
         self._compact = runner.kernel is not None and size <= runner.decodes
         self._chooser = Chooser(size, vocab, runner.device)
-        words = decode.META + size * (2 * len(WIDE) + len(NARROW) + blocks)
+        words = META + size * (2 * len(WIDE) + len(NARROW) + blocks)
         self._words = torch.zeros(words, dtype=torch.int32, device=runner.device)
         self._host = torch.zeros(words, dtype=torch.int32).pin_memory()
         self._inputs = {name: tensor.numpy() for name, tensor in parts(self._host, size, blocks).items()}
@@ -71,12 +71,12 @@ class Lane:
         begins = torch.arange(size, dtype=int32, device=device)
         self._places = Places(self.rows["starts"], begins, self.rows["lengths"], self.rows["tables"], 1)
         self._logits: Tensor | None = None  # where the graphs read them
-        states = (decode.MOST if self._compact else size), runner.hidden_size
+        states = (MOST if self._compact else size), runner.hidden_size
         self._hidden = torch.zeros(states, dtype=torch.float32, device=device)
         self._graphs: dict[tuple[tuple[str, ...], bool], _Graphs] = {}
         self._full = False
         self._kept: Tensor | None = None  # bfloat16[size, most_sl, vocab], what rejecting rows sampled from
-        self._first_most = 8 if 2 * size <= 8 else decode.MOST  # tokens: each row's newest, and one before
+        self._first_most = 8 if 2 * size <= 8 else MOST  # tokens: each row's newest, and one before
         self._side = torch.cuda.Stream(device)
 
     # ---- the device's part
@@ -110,7 +110,7 @@ class Lane:
             )
             keep = self.table.decide(names, rows["slot"], rows["policy"], signals)
         advance(
-            choice.token, choice.fine, keep, rows, most=decode.MOST, compact=self._compact,
+            choice.token, choice.fine, keep, rows, most=MOST, compact=self._compact,
             block_size=self._runner.block_size, spare_slot=self._runner.spare_slot,
         )  # fmt: skip
         main = torch.cuda.current_stream()
@@ -185,7 +185,7 @@ class Lane:
         here = self._compact and sum(map(len, lags)) <= self._first_most
         self._fill(rows, limits)
         if here:  # the first graph begins with what the draft has not seen: the newest token, and before it
-            self._inputs["meta"][:] = decode.pack_meta(starts, lags)
+            write_meta(self._inputs["meta"], starts, lags)
             self._inputs["place"][: len(rows)] = np.cumsum([len(lag) for lag in lags]) - 1
         else:
             chunks = [Chunk(lag, at, row.blocks) for lag, at, row in zip(lags, starts, rows, strict=True)]
