@@ -52,6 +52,9 @@ class Engine:
         self._overlaps = device.type == "cuda"
         self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
         self._lane = target_lane(self._parts)
+        for dtype in {torch.float32, getattr(torch, self.info.dtype)} if self._overlaps else ():
+            logits = torch.zeros(2, self._parts.target.vocab_size, dtype=dtype, device=device)
+            self._parts.verifier.warm(logits[:, : self.info.vocab_size])
         self._drafting.warm()
 
     @property

@@ -179,7 +179,9 @@ class FusedRunner:
         words = self._staging.words([*batch.starts, *begins, *lengths, *batch.padded_tables()])
         by_row, tables = words[: 3 * rows].view(3, rows), words[3 * rows :].view(rows, -1)
         inputs = batch.on_device(self.device)
-        places = Places(by_row[0], by_row[1], by_row[2], tables, max(lengths))
+        fold = self.decoder.heads // self.decoder.kv_heads
+        longest = max(*lengths, -(-64 // fold))  # short prompts are to compile no kernel of their own
+        places = Places(by_row[0], by_row[1], by_row[2], tables, longest)
         normed = self.layers(inputs.ids, inputs.positions, inputs.slots, places)
         normed = normed[inputs.logits_at]
         self._hidden = functools.partial(_itself, normed)

@@ -51,6 +51,7 @@ class PassGraphs:
 
     def __init__(self, run: Pass, spare_slot: int, width: int, device: torch.device) -> None:
         self._run, self._spare_slot, self._width, self._device = run, spare_slot, width, device
+        self._longest = _LONGEST[-1]  # tokens of a row that graphs are made for
         self._captured: dict[tuple[int, int, int], _Captured] = {}
         self._pool: Any = None  # the memory that the graphs share
         self._results: tuple[Tensor, Tensor] | None = None  # of whichever graph ran last: one memory for all
@@ -58,11 +59,14 @@ class PassGraphs:
     def takes(self, batch: Batch) -> bool:
         """Whether it has the size of a decoding step; prompts are as many sizes as there are prompts."""
         rows, longest = len(batch.query_lens), max(batch.query_lens)
-        return sum(batch.query_lens) <= _TOKENS[-1] and rows <= _ROWS[-1] and longest <= _LONGEST[-1]
+        return sum(batch.query_lens) <= _TOKENS[-1] and rows <= _ROWS[-1] and longest <= self._longest
 
     def warm(self, rows: int, longest: int) -> None:
-        """Captures what decoding up to `rows` rows of up to `longest` tokens will need."""
-        least = 0
+        """Captures what decoding up to `rows` rows of up to `longest` tokens will need.
+
+        Longer rows are prompts from then on: a graph for each size would be captured while they wait.
+        """
+        self._longest, least = bucket(min(longest, _LONGEST[-1]), _LONGEST), 0
         for most in _LONGEST:
             likely = min(most, longest)
             for size in (size for size in _ROWS if size < 2 * rows and least < longest):

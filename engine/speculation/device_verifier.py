@@ -17,6 +17,7 @@ from engine.models.kernels.reject import reject
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import RowDraft, Verdict, agreed
 from engine.speculation.noise import coupled_state, draws_state, uniform
+from engine.types import GenerateRequest, SamplingParams
 
 
 class DeviceVerifier:
@@ -25,6 +26,16 @@ class DeviceVerifier:
     def __init__(self) -> None:
         self._chooser: Chooser | None = None
         self._most = 0  # positions it has room for
+
+    def warm(self, logits: Tensor) -> None:
+        """Compiles the kernels for logits [>= 2, V] of this kind: coupled, and rejecting with any q."""
+        request = GenerateRequest(id="", prompt_ids=(0,), params=SamplingParams(temperature=1.0))
+        kept = torch.zeros(1, logits.shape[1], dtype=torch.bfloat16, device=logits.device), 0, 1.0
+        for coupled, draft in (
+            (True, RowDraft([0])), (False, RowDraft([0])), (False, RowDraft([0], kept=kept))
+        ):  # fmt: skip
+            row = Sequence(request, 0, coupled, "none", "static", None, 0)
+            self.verify([row], [draft], [0], logits)
 
     def verify(self, rows: Seq[Sequence], drafts: Seq[RowDraft], starts: Seq[int], logits: Tensor) -> Verdict:
         """Row i has those positions of `logits` [M, V] from starts[i] on, one more than it has drafts."""

@@ -30,21 +30,29 @@ class Verifier:
         self._eos_ids, self._noise, self._random = eos_ids, noise, random
         self._on_device: DeviceVerifier | None = None
 
-    def verify(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
-        """`logits` [sum(len(draft) + 1), V]: the target's at every position of every row, in order."""
-        if not logits.is_cuda:
-            return self._on_host(rows, drafts, logits)
+    def warm(self, logits: Tensor) -> None:
+        """Compiles what verifying logits [>= 2, V] of this kind needs on a GPU."""
+        if logits.is_cuda:
+            self._device_verifier().warm(logits)
+
+    def _device_verifier(self) -> DeviceVerifier:
         if self._on_device is None:
             from engine.speculation.device_verifier import DeviceVerifier  # imports triton
 
             self._on_device = DeviceVerifier()
+        return self._on_device
+
+    def verify(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
+        """`logits` [sum(len(draft) + 1), V]: the target's at every position of every row, in order."""
+        if not logits.is_cuda:
+            return self._on_host(rows, drafts, logits)
         starts = [0, *accumulate(len(draft.tokens) + 1 for draft in drafts)]
         easy = [i for i, row in enumerate(rows) if plain(row) and not drafts[i].laws]
         hard = [i for i in range(len(rows)) if i not in set(easy)]
         verdict = Verdict.of(len(rows))
         if easy:
             mine = [rows[i] for i in easy], [drafts[i] for i in easy], [starts[i] for i in easy]
-            verdict.fill(easy, self._on_device.verify(*mine, logits))
+            verdict.fill(easy, self._device_verifier().verify(*mine, logits))
         if hard:
             their = torch.cat([logits[starts[i] : starts[i + 1]] for i in hard])
             verdict.fill(hard, self._on_host([rows[i] for i in hard], [drafts[i] for i in hard], their))

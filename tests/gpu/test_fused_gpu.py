@@ -38,6 +38,16 @@ SHAPES: dict[str, tuple[Any, Any]] = {
         LlamaForCausalLM,
         LlamaConfig(hidden_size=256, intermediate_size=416, num_attention_heads=2, num_key_value_heads=2),
     ),
+    "llama 64, more heads than multiprocessors in a batch": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            hidden_size=768,
+            intermediate_size=416,
+            num_attention_heads=12,
+            num_key_value_heads=12,
+            head_dim=64,
+        ),
+    ),
     "qwen2 128, seven": (
         Qwen2ForCausalLM,
         Qwen2Config(hidden_size=1792, intermediate_size=1120, num_attention_heads=14, num_key_value_heads=2),
@@ -88,7 +98,15 @@ def passes(runner: Any, lengths: list[int], query: int) -> torch.Tensor:
     return logits
 
 
-CASES = [([40, 5, 300, 17], 1), ([40, 5, 300, 17], 4), ([1000], 1), ([1000], 16), ([16], 8), ([7, 1], 8)]
+CASES = [
+    ([40, 5, 300, 17], 1),
+    ([40, 5, 300, 17], 4),
+    ([1000], 1),
+    ([1000], 16),
+    ([16], 8),
+    ([7, 1], 8),
+    ([30] * 16, 1),
+]
 MANY = [([20] * 30, 1), ([33] * 12, 5), ([9] * 64, 3)]
 
 

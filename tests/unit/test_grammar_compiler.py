@@ -198,7 +198,8 @@ async def own(
 @pytest.mark.parametrize("own", [1.0], indirect=True)
 async def test_what_takes_too_long_is_killed_and_the_next_one_compiles(own: tuple[GrammarCompiler, int]):
     one, pid = own
-    with pytest.raises(InvalidRequest, match="takes longer than 1 seconds"):
+    # A quick machine has it compiled in that time, and finds following it too slow.
+    with pytest.raises(InvalidRequest, match=r"takes longer than 1 seconds|takes too long"):
         await one.compile(slow())
     assert await idle(pid)
     assert (await one.compile(structure("regex", "b"))).data

@@ -30,7 +30,10 @@ class Places:
     masks: Tensor | None = None
 
 
-@triton.jit(do_not_specialize=["table_stride", "tokens", "splits"])  # they vary with every prompt
+@triton.jit(  # what varies with every prompt must not compile another variant
+    do_not_specialize=["table_stride", "tokens", "splits"],
+    do_not_specialize_on_alignment=["starts", "begins", "lengths", "tables", "masks"],
+)
 def _attend(
     q,
     keys,

@@ -41,7 +41,7 @@ def gumbel(state, key, at):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["places", "states", "keys", "temperatures"])
 def _scan(
     logits,
     stride,
@@ -103,7 +103,7 @@ def _scan(
             x = tl.where(tl.arange(0, BLOCK) == where, float("-inf"), x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["places"])
 def _merge(
     logits,
     stride,

@@ -47,7 +47,7 @@ def add_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])  # they vary with every prompt
 def _rotate(
     qkv,
     keys,

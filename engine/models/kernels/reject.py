@@ -13,8 +13,11 @@ from torch import Tensor
 
 from engine.models.kernels.choose import block_of, gumbel
 
+# Where a batch's numbers lie varies with their count: no variant for each.
+_MOVES = ["place", "law", "heat", "token", "uniform", "begin", "length", "states", "keys"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=_MOVES[:3])
 def _masses(
     logits, stride, laws, place, law, heat, sums, vocab, blocks, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -49,7 +52,7 @@ def _log_total(sums, blocks, at, inside):
     return tl.where(broken > 0, float("nan"), most + tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_MOVES[:7])
 def _stand(
     logits, stride, laws, place, law, heat, token, uniform, begin, length, sums, totals, found,
     vocab, blocks, WIDTH: tl.constexpr,
@@ -82,7 +85,7 @@ def _stand(
     tl.store(found + row * 3 + 1, fine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*_MOVES[:4], *_MOVES[5:]])
 def _residual(
     logits, stride, laws, place, law, heat, token, begin, length, states, keys, totals, found,
     values, tokens, vocab, blocks, BLOCK: tl.constexpr,
