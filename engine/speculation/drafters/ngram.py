@@ -18,7 +18,8 @@ from engine.speculation.control import PolicyTable
 from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
 from engine.speculation.features import TOP
 from engine.speculation.ngrams import NgramIndex
-from engine.speculation.policy import Signals
+from engine.speculation.policy import Signals, options_of
+from engine.types import GenerateRequest, SamplingParams
 
 
 class NgramDrafter:
@@ -35,14 +36,18 @@ class NgramDrafter:
         return None
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
-        return None
+        """Asks the policy once: on a GPU that compiles."""
+        request = GenerateRequest(id="", prompt_ids=(1, 2, 1, 2, 1), params=SamplingParams())
+        seq = Sequence(request, 0, True, "ngram", policy, options_of(policy, {}), 2)
+        table.take(seq)
+        self.draft([seq], [2], table)
+        table.give_back(seq)
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         begin = time.perf_counter()
         drafts = self.draft(rows, limits, table)
-        steps = max(len(draft.tokens) for draft in drafts)
-        each = (time.perf_counter() - begin) / max(steps, 1)
-        drafted = Drafted(drafts, [(len(rows), each)] * steps)
+        seconds, steps = time.perf_counter() - begin, max(len(draft.tokens) for draft in drafts)
+        drafted = Drafted(drafts, [(len(rows), seconds / steps)] if steps else [])
         return lambda: drafted
 
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> list[RowDraft]:
