@@ -72,7 +72,7 @@ def play(
     engine: Engine, texts: Seq[Text], settings: dict[str, SpeculationParams], args: argparse.Namespace,
     repeats: int,
 ) -> dict[str, Played]:  # fmt: skip
-    """Every setting on every text alone, in turn."""
+    """Every setting on every text alone, in turn. What there is so far lies beside the JSON, as `.part`."""
     found = {name: Played() for name in settings}
     for repeat in range(repeats):
         for text in texts:
@@ -85,6 +85,8 @@ def play(
                 played.tokens[text.name] = ids["0"]
                 if repeat == repeats - 1:
                     played.iterations[text.name] = iterations["0"]
+            so_far = {name: {"seconds": p.seconds, "iterations": p.iterations} for name, p in found.items()}
+            record.save(args.json.with_suffix(".part"), so_far)
         console.print(f"repeat {repeat + 1} of {repeats}", style="dim")
     return found
 
@@ -199,6 +201,7 @@ def main() -> None:
         "seconds": {name: dict(played.seconds) for name, played in found.items()},
     }  # fmt: skip
     record.save(args.json, figures)
+    args.json.with_suffix(".part").unlink(missing_ok=True)
     _show(figures)
 
 

@@ -26,6 +26,8 @@ from engine.speculation.policy import options_of
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
 from engine.validate import validate
 
+_SHORT = 16  # tokens: passes over rows of no more, prompts too, are readied at start
+
 
 class Engine:
     """One target, at most one draft model, one KV pool. Not thread-safe: one thread owns it."""
@@ -50,7 +52,8 @@ class Engine:
         self._arrivals = 0
         self._flight: Flight | None = None
         self._overlaps = device.type == "cuda"
-        self._parts.target.warm(config.max_num_seqs, config.max_sl + 1 if self._parts.drafters else 1)
+        longest = max(_SHORT, config.max_sl + 1 if self._parts.drafters else 1)
+        self._parts.target.warm(config.max_num_seqs, longest)
         self._lane = target_lane(self._parts)
         for dtype in {torch.float32, getattr(torch, self.info.dtype)} if self._overlaps else ():
             logits = torch.zeros(2, self._parts.target.vocab_size, dtype=dtype, device=device)
