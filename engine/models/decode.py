@@ -24,6 +24,7 @@ from engine.models.decoder import Decoder
 _SOURCES = Path(__file__).parent / "kernels"
 _KC, _WARPS, _GROUP = 1024, 8, 12
 _STAGE = 8 * (_KC * 2 + 64)
+_MOST_PROCESSORS = 5 * 32  # a warp's lanes, each of which adds up PARTS_A_LANE
 
 
 def why_not(decoder: Decoder, block_size: int) -> str | None:
@@ -37,6 +38,8 @@ def why_not(decoder: Decoder, block_size: int) -> str | None:
     processors = torch.cuda.get_device_properties(decoder.device).multi_processor_count
     if min(decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim, _known(decoder)) < processors:
         return f"a width is under the {processors} multiprocessors, each of which needs a row"
+    if processors > _MOST_PROCESSORS:
+        return f"{processors} multiprocessors; a split context is added up from at most {_MOST_PROCESSORS}"
     if any(n % 32 for n in (decoder.hidden, decoder.inner, decoder.heads * decoder.head_dim)):
         return "a width is no multiple of 32"
     matrices = [m for layer in decoder.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]

@@ -85,7 +85,7 @@ class ModelDrafter:
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
         """Compiles and captures on a GPU what drafting for up to `rows` rows under the policy needs."""
-        self.runner.warm(rows, 2)  # each row's newest token, and one before
+        self.runner.warm(rows, SMALL_LAG)
         loop = self._device_loop(table)
         if loop is not None:
             for size in powers_of_two(min(rows, 64)):
