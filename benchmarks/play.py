@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ def read_texts(
     return [t for texts in chosen for t in texts[:validation]], [t for texts in chosen for t in texts[-test:]]
 
 
+def _seed(ids: Seq[int]) -> int:
+    """Of each prompt its own, whatever it is played beside."""
+    return zlib.crc32(",".join(map(str, ids)).encode())
+
+
 def generate(
     engine: Engine,
     texts: Seq[Text | Encoded],
@@ -53,7 +59,10 @@ def generate(
     """All texts at once: ids and (drafted, emitted) of each, and seconds from the first token on."""
     for i, text in enumerate(texts):
         params = SamplingParams(
-            temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=i if temperature else None
+            temperature=temperature,
+            max_tokens=tokens,
+            ignore_eos=True,
+            seed=_seed(text.ids) if temperature else None,
         )
         request = GenerateRequest(
             id=str(i), prompt_ids=text.ids, params=params, speculation=speculation,

@@ -31,8 +31,8 @@ def time_per_token(timing: Timing, path: Path) -> None:
         low = [row.ms - min(row.repeats) for row in there.values()]
         high = [max(row.repeats) - row.ms for row in there.values()]
         axes.barh(places, middle, xerr=[low, high], color="#7a9cc6", ecolor="#333333")
-        names = [textwrap.shorten(name, 34, placeholder=" ...") for name in there]
-        axes.set_yticks(places, names, fontsize=8)
+        labels = [textwrap.shorten(name, 34, placeholder=" ...") for name in there]
+        axes.set_yticks(places, labels, fontsize=8)
         axes.invert_yaxis()
         oracle = timing.row(task, _ORACLE)
         if oracle is not None:

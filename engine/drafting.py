@@ -73,16 +73,20 @@ class Drafting:
         return min((wish, "policy"), (seq.max_sl, "cap"), (max(room, 0), "room"), key=lambda bound: bound[0])
 
     def begin(self, rows: list[PlanRow]) -> list[tuple[list[PlanRow], Drafts]]:
-        """A chain for every row that may draft; what lags too far is read instead."""
+        """A chain for every row that may draft; what the drafter has not seen of it is read first."""
         for row in rows:
             row.draft.stop_reason = row.sl_reason
         begun = []
         for name, drafter in self._parts.drafters.items():
-            mine = [row for row in rows if row.decodes and row.seq.drafter == name]
-            lagging = [row.seq for row in mine if row.sl_reason == "room" and drafter.lags(row.seq)]
+            mine = [row for row in rows if row.sl > 0 and row.seq.drafter == name]
+            lagging = [row for row in mine if drafter.lags(row.seq)]
             if lagging:
-                drafter.read([(seq, len(seq.tokens) - 1) for seq in lagging], self._parts.token_budget)
-            chosen = [row for row in mine if row.sl > 0]
+                unread = [(row.seq, len(row.seq.tokens) - 1) for row in lagging]
+                drafter.read(unread, self._parts.token_budget)
+                for row in lagging:
+                    if drafter.lags(row.seq):  # more than one pass reads: the rest in the next iterations
+                        row.draft.stop_reason = "room"
+            chosen = [row for row in mine if not drafter.lags(row.seq)]
             if chosen:
                 limits = [row.sl for row in chosen]
                 begun.append((chosen, drafter.begin([row.seq for row in chosen], limits, self.tables[name])))

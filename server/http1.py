@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import socket
 import sys
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -13,18 +16,40 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.errors import ApiError
+from server.errors import ApiError, unavailable
 
 log = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 1.0
+_LATE_SECONDS = 10  # for answers to say that they end, once they have been told to
 # what uvicorn warns of is the client's doing, once for each request: only its errors are ours
 _uvicorn_log = logging.getLogger("uvicorn.error.http1")
 _uvicorn_log.setLevel(logging.ERROR)
 
 
-def config(app: FastAPI, shutdown_seconds: float) -> uvicorn.Config:
-    """What uvicorn is run with. `shutdown_seconds`: how long open answers may go on at the end."""
+class Server(uvicorn.Server):
+    """uvicorn with the app. At the end open answers may go on for `shutdown_seconds`; then `late` is called,
+    which fails what still runs, so that each of them ends with an error that says so.
+    """
+
+    def __init__(self, app: FastAPI, shutdown_seconds: float, late: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(_config(app, shutdown_seconds))
+        self._seconds, self._late = shutdown_seconds, late
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        async def wait() -> None:
+            await asyncio.sleep(self._seconds)
+            await self._late()
+
+        waiting = asyncio.create_task(wait())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+
+def _config(app: FastAPI, shutdown_seconds: float) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=Protocol,
@@ -33,7 +58,7 @@ def config(app: FastAPI, shutdown_seconds: float) -> uvicorn.Config:
         log_config=None,  # server.logs has the say
         log_level="warning",  # start and end are told by server.launch
         access_log=False,  # the app logs its requests itself
-        timeout_graceful_shutdown=int(shutdown_seconds),
+        timeout_graceful_shutdown=int(shutdown_seconds) + _LATE_SECONDS,
     )
 
 
@@ -48,6 +73,16 @@ class Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._refused:
             super().data_received(data)
+
+    def shutdown(self) -> None:
+        """At the server's end: a request that has not come whole is not waited for."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.more_body or cycle.response_started:
+            super().shutdown()
+            return
+        self._refused = True
+        self._answer(unavailable("the server is shutting down"))
+        self._leave()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn while it handles h11's error, which says more than `msg`."""

@@ -39,7 +39,7 @@ async def _serve(
 ) -> None:
     engine = WorkerEngine(settings.engine_config())
     app = create_app(settings, engine, tokenizer)
-    server = uvicorn.Server(http1.config(app, settings.shutdown_seconds))
+    server = http1.Server(app, settings.shutdown_seconds, late=engine.close)
     loading = asyncio.create_task(_watch_loading(server, engine, address, settings.served_model_name[0]))
     try:
         await server.serve(sockets=[listener])

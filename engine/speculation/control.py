@@ -117,6 +117,10 @@ class PolicyTable:
         keep: list[bool] = self.decide(names, self._slots_of(rows), self._numbers_of(rows), signals).tolist()
         return keep
 
+    def serves(self, policy: str) -> bool:
+        """Whether the drafter has what the policy needs."""
+        return policy in self._policies
+
     def number(self, policy: str) -> int:
         """What stands for the policy in the `numbers` of `decide`."""
         return self._numbers[policy]

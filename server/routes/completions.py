@@ -180,11 +180,16 @@ class _Answer:
         return self.context.tokenizer.decode(list(prompt.ids), skip_special_tokens=skip)
 
     def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
-        skip = self.body.skip_special_tokens
+        prompt = choice.prompt
+        skip = self.body.skip_special_tokens and prompt.text is None  # a text is echoed as it was written
         text = TextStream(self.context.tokenizer, skip_special_tokens=skip)
-        for token_id in choice.prompt.ids:
+        for token_id in prompt.ids:
             text.push(token_id)
-        return self._logprobs(choice.prompt.ids, _scores_of(choice), text.starts)
+        added = 0  # what the tokenizer puts before a text, and the echo has not
+        if prompt.text is not None and text.text.endswith(prompt.text):
+            added = len(text.text) - len(prompt.text)
+        offsets = [max(0, start - added) for start in text.starts]
+        return self._logprobs(prompt.ids, _scores_of(choice), offsets)
 
     def _logprobs(
         self, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], offsets: Sequence[int]

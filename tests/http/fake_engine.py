@@ -90,6 +90,7 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.state = "closed"
+        self.go_on.set()
 
     async def check(self, request: GenerateRequest) -> None:
         validate(request, self.info)
@@ -137,6 +138,8 @@ class FakeEngine:
             if self.stall_after is not None and start >= self.stall_after:
                 self.stalled.set()
                 await self.go_on.wait()
+                if self.state == "closed":
+                    raise EngineUnavailable("the engine is closed")
             ids = wanted[start : start + 1] if start == 0 else wanted[start : start + self.block]
             done = start + len(ids) == len(wanted)
             yield self._event(request, ids, first=start == 0, done=done, stop=stop_at is not None)

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 
 from server import http1
@@ -27,10 +26,10 @@ async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def listening(app: FastAPI) -> AsyncIterator[int]:
+async def listening(app: FastAPI, shutdown_seconds: float = 30) -> AsyncIterator[int]:
     """The port of the app behind uvicorn, as the server runs it."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(http1.config(app, shutdown_seconds=30))
+    server = http1.Server(app, shutdown_seconds, late=app.state.context.engine.close)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.01)

@@ -241,3 +241,18 @@ async def test_text_continues_the_prompt(
     engine.answer = [*euro[1:], *ids(" ok")]
     answer = await ask(client, prompt=[*ids("a"), euro[0]])  # half a character, which the answer completes
     assert answer["choices"][0]["text"] == "€ ok"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_offsets_of_an_echoed_text_with_special_tokens_are_its_own(
+    client: httpx.AsyncClient, max_tokens: int
+) -> None:
+    prompt = "a<|im_end|>b c"
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "echo": True, "logprobs": 0}
+    response = await client.post("/v1/completions", json=body)
+    choice = response.json()["choices"][0]
+    assert choice["text"].startswith(prompt)
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    for token, offset in zip(tokens, offsets, strict=True):
+        assert choice["text"].startswith(token, offset) or offset == len(choice["text"]), (token, offset)
+    assert "<|im_end|>" in tokens and offsets[tokens.index("<|im_end|>") + 1] == len("a<|im_end|>")

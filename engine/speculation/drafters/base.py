@@ -83,11 +83,11 @@ Drafts = Callable[[], Drafted]
 
 class Drafter(Protocol):
     def room(self, seq: Sequence) -> int:
-        """The most tokens that the drafter could propose for the row now (its context; 0 if it lags)."""
+        """The most tokens that the drafter could propose for the row now: its context has an end."""
         ...
 
     def lags(self, seq: Sequence) -> bool:
-        """Whether the drafter's own KV is too far behind to draft for the row."""
+        """Whether the drafter's own KV is so far behind that the row must be read before it drafts."""
         ...
 
     def read(self, rows: Seq[tuple[Sequence, int]], budget: int) -> None:

@@ -50,8 +50,6 @@ class ModelDrafter:
         self.mask_drafts = not self.loops
 
     def room(self, seq: Sequence) -> int:
-        if self.lags(seq):
-            return 0
         return max(0, self.runner.context - len(seq.tokens) + 1)
 
     def lags(self, seq: Sequence) -> bool:

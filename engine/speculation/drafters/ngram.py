@@ -36,7 +36,9 @@ class NgramDrafter:
         return None
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
-        """Asks the policy once: on a GPU that compiles."""
+        """Asks the policy once, if it can govern this drafter: on a GPU that compiles."""
+        if not table.serves(policy):
+            return
         request = GenerateRequest(id="", prompt_ids=(1, 2, 1, 2, 1), params=SamplingParams())
         seq = Sequence(request, 0, True, "ngram", policy, options_of(policy, {}), 2)
         table.take(seq)
