@@ -199,7 +199,7 @@ class _Worker:
         self.process = multiprocessing.get_context("spawn").Process(
             target=main, args=arguments, name="disco-engine", daemon=True
         )
-        with _sigint_blocked():
+        with _signals_blocked():
             self.process.start()
         self.ready_at: float | None = None  # the event loop's time
         self.heard_at = loop.time()  # when it last spoke, or had nothing to say
@@ -256,10 +256,10 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """A process started herein is deaf to Ctrl-C from its first instruction on."""
+def _signals_blocked() -> Iterator[None]:
+    """A process started herein is deaf to what may reach the whole group from its first instruction on."""
     resource_tracker.ensure_running()  # it would start in `Process.start` and lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

@@ -244,8 +244,9 @@ class _SocketChannel:
 
 def main(endpoint: str, config: EngineConfig, factory: str, log_level: int) -> None:
     """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault."""
-    # Ctrl-C reaches the whole process group; ending the engine is its client's business.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These may reach the whole process group; ending the engine is its client's business.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     faulthandler.enable()
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = zmq.Context()

@@ -46,7 +46,8 @@ def main(control: socket.socket, tokenizer: PreTrainedTokenizerBase, vocab_size:
     What is forked says by a byte that it is there, takes an `Ask`, gives its `Answer`, and ends; also once
     the line is closed, or much later than it was given time for.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends us
+    for each in (signal.SIGINT, signal.SIGTERM):  # these may reach the whole group; the server ends us
+        signal.signal(each, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     try:
         compiler = xgrammar.GrammarCompiler(

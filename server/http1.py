@@ -21,7 +21,7 @@ from server.errors import ApiError, unavailable
 log = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 1.0
-_LATE_SECONDS = 10  # for answers to say that they end, once they have been told to
+LATE_SECONDS = 10  # for answers to say that they end, once they have been told to
 # what uvicorn warns of is the client's doing, once for each request: only its errors are ours
 _uvicorn_log = logging.getLogger("uvicorn.error.http1")
 _uvicorn_log.setLevel(logging.ERROR)
@@ -58,7 +58,7 @@ def _config(app: FastAPI, shutdown_seconds: float) -> uvicorn.Config:
         log_config=None,  # server.logs has the say
         log_level="warning",  # start and end are told by server.launch
         access_log=False,  # the app logs its requests itself
-        timeout_graceful_shutdown=int(shutdown_seconds) + _LATE_SECONDS,
+        timeout_graceful_shutdown=int(shutdown_seconds) + LATE_SECONDS,
     )
 
 

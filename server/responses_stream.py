@@ -9,12 +9,14 @@ import msgspec
 from fastapi import Response
 from sse_starlette.sse import EventSourceResponse
 
+from server.http1 import LATE_SECONDS
 from server.responses_events import Event
 
 
 def named_events(events: AsyncGenerator[Event, None], shutdown_seconds: float) -> Response:
     """Each event under its `type`, with a `sequence_number` from 0 on."""
-    return EventSourceResponse(_encoded(events), sep="\n", shutdown_grace_period=shutdown_seconds)
+    grace = shutdown_seconds + LATE_SECONDS
+    return EventSourceResponse(_encoded(events), sep="\n", shutdown_grace_period=grace)
 
 
 async def _encoded(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:

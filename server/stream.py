@@ -12,13 +12,16 @@ from fastapi import Request, Response
 from sse_starlette.sse import EventSourceResponse
 
 from server.errors import CLIENT_GONE, ApiError, to_api_error
+from server.http1 import LATE_SECONDS
 
 T = TypeVar("T")
 
 
 def sse(chunks: AsyncGenerator[dict[str, Any], None], shutdown_seconds: float) -> Response:
     """Streams `chunks` as events, then [DONE]. An error is the last event, without a [DONE] after it."""
-    return EventSourceResponse(_events(chunks), sep="\n", shutdown_grace_period=shutdown_seconds)
+    return EventSourceResponse(
+        _events(chunks), sep="\n", shutdown_grace_period=shutdown_seconds + LATE_SECONDS
+    )
 
 
 async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:

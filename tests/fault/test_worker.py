@@ -252,16 +252,18 @@ async def test_close_while_loading_and_before_start():
     assert unused.state == "closed"
 
 
-async def test_ctrl_c_is_not_the_engines_business():
+async def test_signals_to_the_group_are_not_the_engines_business():
     engine = WorkerEngine(EngineConfig(target="slow"), FACTORY)
     starting = asyncio.create_task(engine.start())
     await until(lambda: engine.pid is not None)
     assert engine.pid is not None
     while not starting.done():  # from its first instruction on, and while it loads
-        os.kill(engine.pid, signal.SIGINT)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            os.kill(engine.pid, each)
         await asyncio.sleep(0.02)
     await starting
-    os.kill(engine.pid, signal.SIGINT)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        os.kill(engine.pid, each)
     assert tokens(await read(engine, request())) == list(range(5))
     assert engine.restarts == 0
     await engine.close()

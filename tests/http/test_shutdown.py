@@ -22,7 +22,7 @@ async def test_answers_that_outlive_the_grace_end_with_an_error(
 ) -> None:
     engine.stall_after = 4
     async with httpx.AsyncClient() as client:
-        async with listening(make_app(), shutdown_seconds=0.3) as port:
+        async with listening(make_app(shutdown_seconds=0.3), shutdown_seconds=0.3) as port:
             url = f"http://127.0.0.1:{port}/v1/completions"
             whole = asyncio.create_task(client.post(url, json=LONG))
             await engine.stalled.wait()
