@@ -36,8 +36,8 @@ class NgramDrafter:
         return None
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
-        """Asks the policy once, if it can govern this drafter: on a GPU that compiles."""
-        if not table.serves(policy):
+        """Asks the policy once on a GPU, if it can govern this drafter: that compiles."""
+        if self._device.type != "cuda" or not table.serves(policy):
             return
         request = GenerateRequest(id="", prompt_ids=(1, 2, 1, 2, 1), params=SamplingParams())
         seq = Sequence(request, 0, True, "ngram", policy, options_of(policy, {}), 2)
