@@ -72,9 +72,9 @@ def _named(speculation: SpeculationParams) -> str:
 
 def play(
     engine: Engine, texts: Seq[Text], settings: dict[str, SpeculationParams], args: argparse.Namespace,
-    repeats: int,
+    repeats: int, keep: Path | None = None,
 ) -> dict[str, Played]:  # fmt: skip
-    """Every setting on every text alone, in turn. What there is so far lies beside the JSON, as `.part`."""
+    """Every setting on every text alone, in turn. `keep`: a JSON file of what there is after each text."""
     found = {name: Played() for name in settings}
     for repeat in range(repeats):
         for text in texts:
@@ -87,8 +87,9 @@ def play(
                 played.tokens[text.name] = ids["0"]
                 if repeat == repeats - 1:
                     played.iterations[text.name] = iterations["0"]
-            so_far = {name: {"seconds": p.seconds, "iterations": p.iterations} for name, p in found.items()}
-            record.save(args.json.with_suffix(".part"), so_far)
+            if keep is not None:
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                keep.write_text(json.dumps({n: [p.seconds, p.iterations] for n, p in found.items()}))
         console.print(f"repeat {repeat + 1} of {repeats}", style="dim")
     return found
 
@@ -171,7 +172,8 @@ def main() -> None:
     console.print(f"chosen on validation: {sl}, {threshold}")
     settings = {ALONE: every[ALONE], **statics, threshold: joints[threshold]}
     settings |= {name: every[name] for name in rules}
-    found = play(engine, test, settings, args, args.repeats)
+    part = args.json.with_suffix(".part")
+    found = play(engine, test, settings, args, args.repeats, keep=part)
     longest = play(engine, test, {ORACLE: static(LONGEST)}, args, 1)[ORACLE]
     found[ORACLE] = oracle(engine, longest)
     timing = {"rounds": args.rounds, "context": min(512, engine.info.max_model_len - 40)}
@@ -203,7 +205,7 @@ def main() -> None:
         "seconds": {name: dict(played.seconds) for name, played in found.items()},
     }  # fmt: skip
     record.save(args.json, figures)
-    args.json.with_suffix(".part").unlink(missing_ok=True)
+    part.unlink(missing_ok=True)
     _show(figures)
 
 

@@ -79,14 +79,15 @@ class Drafting:
         begun = []
         for name, drafter in self._parts.drafters.items():
             mine = [row for row in rows if row.sl > 0 and row.seq.drafter == name]
-            lagging = [row for row in mine if drafter.lags(row.seq)]
-            if lagging:
-                unread = [(row.seq, len(row.seq.tokens) - 1) for row in lagging]
+            unread = [(row.seq, len(row.seq.tokens) - 1) for row in mine if drafter.lags(row.seq)]
+            if unread:
                 drafter.read(unread, self._parts.token_budget)
-                for row in lagging:
-                    if drafter.lags(row.seq):  # more than one pass reads: the rest in the next iterations
-                        row.draft.stop_reason = "room"
-            chosen = [row for row in mine if not drafter.lags(row.seq)]
+            chosen = []
+            for row in mine:
+                if drafter.lags(row.seq):  # by more than one pass reads: the rest in the next iterations
+                    row.draft.stop_reason = "room"
+                else:
+                    chosen.append(row)
             if chosen:
                 limits = [row.sl for row in chosen]
                 begun.append((chosen, drafter.begin([row.seq for row in chosen], limits, self.tables[name])))

@@ -19,7 +19,7 @@ MAP = 128  # bytes of a tensor map, and what it is aligned to
 
 
 class Layer(ctypes.Structure):
-    """`Layer` in decode.cu: addresses."""
+    """`Layer` in decode_state.cuh: addresses."""
 
     _fields_ = [
         (name, ctypes.c_uint64)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from fixed_costs import fix_costs
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.speculation.costs import EngineCosts
 from engine.speculation.drafters.model import SMALL_LAG
 from engine.types import GenerateRequest, SamplingParams
 
@@ -20,12 +20,7 @@ def test_a_probe_drafts_though_the_draft_lags(tiny_llama: Path) -> None:
             target=str(tiny_llama), draft="self:3", policy="goodput", device="cpu", kv_blocks=64, threads=1
         )
     )
-    engine._drafting.costs = EngineCosts()
-    engine.costs.drafts["model"].know(1, 1, 0.001)
-    for tokens in (1, 8, 32):
-        engine.costs.verify.know(1, tokens, 0.01)
-    for costs in (engine.costs.verify, engine.costs.drafts["model"]):
-        costs.observe = lambda rows, tokens, seconds: None  # type: ignore[method-assign]
+    fix_costs(engine)
     params = SamplingParams(max_tokens=220, temperature=0.0, ignore_eos=True)
     engine.add(GenerateRequest(id="a", prompt_ids=(5, 6, 7), params=params))
     state = engine._tables["model"]._states["goodput"]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from fixed_costs import fix_costs
 from safetensors.torch import load_file
 
 from engine.client_local import LocalEngine
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.speculation import memory
-from engine.speculation.costs import EngineCosts
 from engine.types import EngineUnavailable, GenerateRequest, SamplingParams
 
 
@@ -34,12 +34,7 @@ def config(target: Path, state: Path | None, **changes: Any) -> EngineConfig:
 def made(settings: EngineConfig) -> Engine:
     """An engine for which drafting pays, whatever this machine measures."""
     engine = Engine(settings)
-    engine._drafting.costs = EngineCosts()
-    engine.costs.drafts["model"].know(1, 1, 0.001)
-    for tokens in (1, 8, 32):
-        engine.costs.verify.know(1, tokens, 0.01)
-    for costs in (engine.costs.verify, engine.costs.drafts["model"]):
-        costs.observe = lambda rows, tokens, seconds: None  # type: ignore[method-assign]
+    fix_costs(engine)
     return engine
 
 

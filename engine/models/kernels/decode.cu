@@ -17,7 +17,7 @@
 //   of layer l + 1 on, on which every reader of layer l + 2 depends.
 //
 // Compiled at run time for one shape: H, NH, NKV, HD, INTER, LAYERS, VOCAB, MT, NSM and flags are
-// defined by the host (engine/models/decode.py), which also documents `Params`.
+// defined by the host (engine/models/decode.py); `Params` has its other side in engine/models/decode_data.py.
 
 #include "decode_state.cuh"
 #include "decode_memory.cuh"

@@ -63,7 +63,7 @@ struct Params {
     __device__ __forceinline__ float *part_ml_of(int copy, int item) const { return part_ml + (copy * NSM + item) * 16 * 2; }
 };
 
-// The batch, as the host or the previous kernel left it: see `decode.py`.
+// The batch, as the host or the previous kernel left it: see `decode_data.py`.
 struct Meta {
     int tokens, rows, pad[6];
     int start[16], begin[16], length[16];   // by row
