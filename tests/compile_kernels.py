@@ -139,6 +139,14 @@ def between_products() -> None:
     gate(torch.zeros(4, 2 * 18944, dtype=BF16))
 
 
+def disco() -> None:
+    from engine.models.kernels.disco import decide
+
+    shapes = {"low": 12, "high": 12, "b1": 64, "w2": 64, "b2": 1}
+    weights = {name: torch.zeros(size) for name, size in shapes.items()} | {"w1": torch.zeros(12, 64)}
+    decide(torch.zeros(4, 10), torch.zeros(4), ints(4), longs(4), torch.zeros(8), weights)
+
+
 def goodput() -> None:
     from unit import test_goodput as shipped
 
@@ -155,7 +163,7 @@ def goodput() -> None:
 def main() -> None:
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_only
-    for compiled in (choosing, rejecting, advancing, agreeing, attending, between_products, goodput):
+    for compiled in (choosing, rejecting, advancing, agreeing, attending, between_products, disco, goodput):
         compiled()
 
 

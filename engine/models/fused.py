@@ -29,7 +29,7 @@ from engine.models.runner import Batch, Chunk
 from engine.models.selfcheck import UnsupportedModel
 from engine.models.staging import Staging
 
-_PROMPTS = (48, 1024)  # tokens: few, whose context is split among programs, and many
+_PROMPTS = (48, 1024)  # tokens: few, and more than graphs are made for
 
 log = logging.getLogger(__name__)
 
@@ -105,15 +105,15 @@ class FusedRunner:
             self.kernel.attach(self._pool)
         if self.device.type == "cuda":
             width = -(-self.context // self.block_size) + 1
-            self.graphs = PassGraphs(self.run, self.spare_slot, width, self.device)
+            self.graphs = PassGraphs(self.layers, self.head, self.spare_slot, width, self.device)
             if self.kernel is not None:
                 self.decodes = self._faster(blocks)
 
     @torch.inference_mode()
     def warm(self, rows: int, longest: int) -> None:
         """Captures ahead what passes over up to `rows` rows of up to `longest` tokens will need."""
-        if self.graphs is not None and rows > self.decodes:
-            self.graphs.warm(rows, longest)
+        if self.graphs is not None:
+            self.graphs.warm(rows, longest, self.decodes if self.kernel is not None else 0)
         for tokens in _PROMPTS:  # compiles what reading short and long ones needs
             blocks = -(-tokens // self.block_size)
             if self._pool is not None and tokens <= self.context and blocks <= self._pool.blocks:
@@ -153,13 +153,15 @@ class FusedRunner:
         if self.kernel is not None and max(tokens, rows) <= self.decodes:
             logits, hidden = self._decode(batch, tokens), functools.partial(self.kernel.normed, tokens)
         elif self.graphs is not None and self.graphs.takes(batch):
-            logits, normed = self.graphs.forward(batch)
-            hidden = functools.partial(_itself, normed)
+            found, normed = self.graphs.forward(batch)
+            if found is None:
+                return self._headed(normed, self._staging.words(batch.logits_at))
+            logits, hidden = found, functools.partial(_itself, normed)
         else:
             return self._forward(batch)
         self._hidden = hidden
         if len(batch.logits_at) < tokens:
-            at = batch.on_device(self.device).logits_at
+            at = self._staging.words(batch.logits_at).clone()  # `hidden` may be asked much later
             logits, self._hidden = logits[at], lambda: hidden()[at]
         return logits
 
@@ -173,7 +175,7 @@ class FusedRunner:
         return self.decode(there[:META], there[META:].view(rows, -1), tokens)
 
     def _forward(self, batch: Batch) -> Tensor:
-        """Kernel by kernel: prefill."""
+        """Kernel by kernel: long prompts."""
         lengths, rows = batch.query_lens, len(batch.query_lens)
         begins = [0, *accumulate(lengths[:-1])]
         words = self._staging.words([*batch.starts, *begins, *lengths, *batch.padded_tables()])
@@ -183,7 +185,10 @@ class FusedRunner:
         longest = max(*lengths, -(-64 // fold))  # short prompts are to compile no kernel of their own
         places = Places(by_row[0], by_row[1], by_row[2], tables, longest)
         normed = self.layers(inputs.ids, inputs.positions, inputs.slots, places)
-        normed = normed[inputs.logits_at]
+        return self._headed(normed, inputs.logits_at)
+
+    def _headed(self, normed: Tensor, at: Tensor) -> Tensor:
+        normed = normed[at]
         self._hidden = functools.partial(_itself, normed)
         return self.head(normed)
 

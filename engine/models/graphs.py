@@ -1,14 +1,14 @@
 """CUDA graphs of the fused runner's passes over more tokens than the decoding kernel takes.
 
 Launched one by one, the three hundred kernels of a pass keep the host busy for as long as the
-device. A graph is captured at the first pass of its size (rows, tokens, longest row) and replayed
-with inputs copied to where it reads them.
+device, and longer where prompts are short. A graph is captured at the first pass of its size (rows,
+tokens, longest row) and replayed with inputs copied to where it reads them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,12 +25,15 @@ _ROWS = (1, 4, 16, 32, 64)
 _LONGEST = (1, 8, 32)
 """Few sizes, since a capture takes a tenth of a second; but attention splits the context by the rows that
 a graph is made for, and few rows need it split."""
+_PROMPT_TOKENS = (64, 128, 256, 384, 512)
+_PROMPT_ROWS = (8, 64)
+"""Of passes with longer rows, decoding ones beside them: what is no row and no token of one ends at once."""
 
 SPARE = 2 * 2**30  # bytes that capturing ahead leaves free
 log = logging.getLogger(__name__)
 
-Pass = Callable[[Tensor, Tensor, Tensor, Places], tuple[Tensor, Tensor]]
-"""(ids, positions, slots, places) -> logits [tokens, vocab], the head's input [tokens, hidden]."""
+Layers = Callable[[Tensor, Tensor, Tensor, Places], Tensor]
+"""(ids, positions, slots, places) -> the head's input [tokens, hidden]."""
 
 
 def bucket(n: int, sizes: Seq[int] = (1, 2, 4, 8, 16, 32, 64)) -> int:
@@ -47,49 +50,72 @@ class _Captured:
 
 
 class PassGraphs:
-    """Graphs of `run` for batches of a decoding step; `width`: blocks of the longest row."""
+    """Graphs of passes of at most 512 tokens; `width`: blocks of the longest row.
 
-    def __init__(self, run: Pass, spare_slot: int, width: int, device: torch.device) -> None:
-        self._run, self._spare_slot, self._width, self._device = run, spare_slot, width, device
-        self._longest = _LONGEST[-1]  # tokens of a row that graphs are made for
+    Decoding steps give logits too. Of a pass with prompts few tokens need them: it ends before the head.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        head: Callable[[Tensor], Tensor],
+        spare_slot: int,
+        width: int,
+        device: torch.device,
+    ) -> None:
+        self._layers, self._head = layers, head
+        self._spare_slot, self._width, self._device = spare_slot, width, device
+        self._longest = _LONGEST[-1]  # tokens of a row in a decoding step
         self._captured: dict[tuple[int, int, int], _Captured] = {}
         self._pool: Any = None  # the memory that the graphs share
-        self._results: tuple[Tensor, Tensor] | None = None  # of whichever graph ran last: one memory for all
+        self._results: dict[str, Tensor] = {}  # of whichever graph ran last: one memory for all
 
     def takes(self, batch: Batch) -> bool:
-        """Whether it has the size of a decoding step; prompts are as many sizes as there are prompts."""
-        rows, longest = len(batch.query_lens), max(batch.query_lens)
-        return sum(batch.query_lens) <= _TOKENS[-1] and rows <= _ROWS[-1] and longest <= self._longest
+        """Whether a graph can be as large as the batch."""
+        return sum(batch.query_lens) <= _TOKENS[-1] and len(batch.query_lens) <= _ROWS[-1]
 
-    def warm(self, rows: int, longest: int) -> None:
-        """Captures what decoding up to `rows` rows of up to `longest` tokens will need.
+    def warm(self, rows: int, longest: int, beyond: int) -> None:
+        """Captures what decoding up to `rows` rows of up to `longest` tokens, and prompts, will need.
 
-        Longer rows are prompts from then on: a graph for each size would be captured while they wait.
+        Passes of up to `beyond` tokens need none. A graph captured later is captured while requests wait.
         """
-        self._longest, least = bucket(min(longest, _LONGEST[-1]), _LONGEST), 0
+        self._longest = bucket(min(longest, _LONGEST[-1]), _LONGEST)
+        for size in (*self._steps(rows, longest), *self._prompts(rows)):
+            if torch.cuda.mem_get_info(self._device)[0] < SPARE:
+                log.warning("little memory is left: graphs are captured when they are first needed")
+                return
+            if size[1] > beyond:
+                self._found(*size)
+
+    def _steps(self, rows: int, longest: int) -> Iterator[tuple[int, int, int]]:
+        least = 0
         for most in _LONGEST:
             likely = min(most, longest)
             for size in (size for size in _ROWS if size < 2 * rows and least < longest):
-                if torch.cuda.mem_get_info(self._device)[0] < SPARE:
-                    log.warning("little memory is left: graphs are captured when they are first needed")
-                    return
                 for tokens in _TOKENS:
                     if size + least <= tokens <= max(bucket(min(size * likely, _TOKENS[-1]), _TOKENS), 16):
-                        self._found(size, tokens, most)
+                        yield size, tokens, most
             least = most
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits and the head's input of the batch's tokens, valid until the next pass."""
-        rows, total = len(batch.query_lens), sum(batch.query_lens)
-        key = bucket(rows, _ROWS), bucket(total, _TOKENS), bucket(max(batch.query_lens), _LONGEST)
+    def _prompts(self, rows: int) -> Iterator[tuple[int, int, int]]:
+        most = bucket(min(rows, _PROMPT_ROWS[-1]), _PROMPT_ROWS)
+        return ((size, n, _TOKENS[-1]) for size in _PROMPT_ROWS if size <= most for n in _PROMPT_TOKENS)
+
+    def forward(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        """Logits (None with prompts) and the head's input of the tokens, valid until the next pass."""
+        rows, total, longest = len(batch.query_lens), sum(batch.query_lens), max(batch.query_lens)
+        if longest <= self._longest:
+            key = bucket(rows, _ROWS), bucket(total, _TOKENS), bucket(longest, _LONGEST)
+        else:
+            key = bucket(rows, _PROMPT_ROWS), bucket(total, _PROMPT_TOKENS), _TOKENS[-1]
         found = self._found(*key)
         found.copied.synchronize()  # what was copied last must have left the host's buffer
         self._fill(found.host, batch, *key[:2])
         found.words.copy_(found.host, non_blocking=True)
         found.copied.record()
         found.graph.replay()
-        assert self._results is not None
-        return self._results[0][:total], self._results[1][:total]
+        logits = self._results["logits"][:total] if longest <= self._longest else None
+        return logits, self._results["normed"][:total]
 
     def _found(self, rows: int, tokens: int, longest: int) -> _Captured:
         key = rows, tokens, longest
@@ -120,16 +146,19 @@ class PassGraphs:
         places = Places(
             by_row[0], by_row[1], by_row[2], words[3 * (tokens + rows) :].view(rows, self._width), longest
         )
-        inputs = (*words[: 3 * tokens].view(3, tokens), places)
-        results = self._run(*inputs)  # compiles what is not compiled yet
-        if self._results is None:
-            logits, hidden = (each.new_empty(_TOKENS[-1], each.shape[1]) for each in results)
-            self._results = logits, hidden
+        by_token, decodes = words[: 3 * tokens].view(3, tokens), longest < _TOKENS[-1]
+        for name, result in self._run(by_token, places, decodes).items():  # compiles what is not compiled yet
+            self._results.setdefault(name, result.new_empty(_TOKENS[-1], result.shape[1]))
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            for kept, result in zip(self._results, self._run(*inputs), strict=True):
-                kept[:tokens].copy_(result)
+            for name, result in self._run(by_token, places, decodes).items():
+                self._results[name][:tokens].copy_(result)
         self._pool = graph.pool()
         host = torch.zeros(size, dtype=torch.int32).pin_memory()
         return _Captured(graph, words, host, torch.cuda.Event())
+
+    def _run(self, by_token: Tensor, places: Places, decodes: bool) -> dict[str, Tensor]:
+        """by_token int32[3, tokens]: ids, positions, slots."""
+        normed = self._layers(by_token[0], by_token[1], by_token[2], places)
+        return {"normed": normed, "logits": self._head(normed)} if decodes else {"normed": normed}

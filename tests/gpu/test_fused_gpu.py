@@ -83,15 +83,19 @@ def poisoned(runner: Any) -> Any:
     return runner
 
 
-def passes(runner: Any, lengths: list[int], query: int) -> torch.Tensor:
-    """Prefill, then `query` tokens for every row: the logits of these."""
+def passes(runner: Any, lengths: list[int], query: int | list[int]) -> torch.Tensor:
+    """Prefill, then `query` tokens for every row, or so many for each: the logits of these."""
     source = random.Random(5)
     free = source.sample(range(BLOCKS), BLOCKS)
-    rows = [[source.randrange(3, VOCAB) for _ in range(n + query)] for n in lengths]
-    tables = [[free.pop() for _ in range((n + query) // BLOCK + 1)] for n in lengths]
+    news = query if isinstance(query, list) else [query] * len(lengths)
+    rows = [[source.randrange(3, VOCAB) for _ in range(n + m)] for n, m in zip(lengths, news, strict=True)]
+    tables = [[free.pop() for _ in range(len(row) // BLOCK + 1)] for row in rows]
     for row, table, n in zip(rows, tables, lengths, strict=True):
-        runner.forward(Batch.pack([Chunk(row[:n], 0, table, 0)], BLOCK))
-    chunks = [Chunk(row[n:], n, table, query) for row, table, n in zip(rows, tables, lengths, strict=True)]
+        if n:
+            runner.forward(Batch.pack([Chunk(row[:n], 0, table, 0)], BLOCK))
+    chunks = [
+        Chunk(row[n:], n, table, len(row) - n) for row, table, n in zip(rows, tables, lengths, strict=True)
+    ]
     logits = runner.forward(Batch.pack(chunks, BLOCK)).float().clone()
     again = runner.forward(Batch.pack(chunks, BLOCK)).float()
     assert torch.equal(logits, again), "the same pass twice gives different logits"
@@ -108,6 +112,13 @@ CASES = [
     ([30] * 16, 1),
 ]
 MANY = [([20] * 30, 1), ([33] * 12, 5), ([9] * 64, 3)]
+PROMPTS: list[tuple[list[int], int | list[int]]] = [
+    ([0, 300, 40, 16], [150, 1, 5, 40]),
+    ([0] * 9 + [64], [33] * 9 + [1]),
+    ([0], [41]),
+    ([200], [300]),
+    ([0, 20], [600, 3]),  # more than graphs are made for
+]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -133,7 +144,7 @@ def test_graphs_and_triton_give_what_float32_gives(name: str, dtype: torch.dtype
 
     exact = poisoned(ReferenceRunner(make(name, torch.float32), BLOCK))
     fused = poisoned(FusedRunner(make(name, dtype), BLOCK))
-    for lengths, query in MANY if dtype == torch.bfloat16 else CASES + MANY:
+    for lengths, query in PROMPTS + MANY + (CASES if dtype == torch.float32 else []):
         want = passes(exact, lengths, query)
         off = (passes(fused, lengths, query) - want).norm() / want.norm()
         assert off <= (1e-4 if dtype == torch.float32 else 3e-2), f"{lengths} x {query}: {off} off"

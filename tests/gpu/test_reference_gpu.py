@@ -115,8 +115,9 @@ def make_engine(dtype: torch.dtype, draft: bool = True) -> Engine:
             each.allocate(BLOCKS)
     settings = EngineConfig(target="tiny", draft="self:2", policy="static", max_num_seqs=8, token_budget=32)
     parts = assemble(
-        settings, runner, drafter, blocks=BLOCKS, max_model_len=CONTEXT, vocab=VOCAB, eos_ids=(), dtype="tiny"
-    )
+        settings, runner, drafter, blocks=BLOCKS, max_model_len=CONTEXT, vocab=VOCAB, eos_ids=(),
+        dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
     return Engine(settings, parts)
 
 

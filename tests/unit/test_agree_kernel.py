@@ -14,6 +14,7 @@ from engine.models.decode_data import META, MOST, write_meta
 from engine.models.kernels.agree import agree
 from engine.speculation.drafters.base import agreed
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 rows_of_drafts = st.lists(
     st.lists(st.integers(0, 2), min_size=1, max_size=MOST), min_size=1, max_size=MOST
 ).filter(lambda rows: sum(map(len, rows)) <= MOST)
@@ -25,9 +26,10 @@ def test_as_the_host_compares(rows: list[list[int]], chosen: list[int], broken: 
     """Few different tokens, so that drafts stand; NaN anywhere in a row makes it unsound, and only it."""
     words = np.full(META, 7, dtype=np.int32)  # what was there before means nothing
     write_meta(words, [20 + i for i in range(len(rows))], rows)
-    fine = torch.tensor([at not in broken for at in range(MOST)]).to(torch.int8)
-    answer = torch.full((3, MOST), -9, dtype=torch.int32)
-    agree(torch.from_numpy(words), torch.tensor(chosen, dtype=torch.int32), fine, answer)
+    fine = torch.tensor([at not in broken for at in range(MOST)], device=DEVICE).to(torch.int8)
+    answer = torch.full((3, MOST), -9, dtype=torch.int32, device=DEVICE)
+    here = torch.tensor(chosen, dtype=torch.int32, device=DEVICE)
+    agree(torch.from_numpy(words).to(DEVICE), here, fine, answer)
     at = 0
     for row, tokens in enumerate(rows):
         mine, places = chosen[at : at + len(tokens)], range(at, at + len(tokens))

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "compile_kernels.py"
 KERNELS = {
     *("_scan", "_merge", "_masses", "_stand", "_residual", "_pick", "_advance", "_agree", "_attend"),
-    *("_add_norm", "_gate", "_decide", "_limit", "_observe"),
+    *("_add_norm", "_gate", "_decide", "_limit", "_observe", "_classify"),
 }
 
 

@@ -58,4 +58,15 @@ class Disco(StopPolicy):
 
     def keep_drafting(self, signals: Signals, state: State) -> Tensor:
         assert isinstance(state, HeadState)
+        if state.rows.is_cuda and len(state.weights["b1"]) <= 1024:  # what a program can hold
+            return _launch(signals, state)
         return score(state.weights, inputs_of(signals, state.head.inputs)) >= state["least"]
+
+
+def _launch(signals: Signals, state: HeadState) -> Tensor:
+    from engine.models.kernels import disco
+
+    assert signals.top is not None and signals.entropy is not None
+    return disco.decide(
+        signals.top, signals.entropy, signals.position, state.rows, state.tensors["least"], state.weights
+    )
