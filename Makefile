@@ -22,7 +22,8 @@ CPU_TORCH := torch==2.13.0
 CPU_TRITON := triton==3.7.1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint lossless structured test-clients test-suites bench bench-gpu bench-policies models clean
+.PHONY: help serve test lint lossless structured test-clients test-suites test-page check-numbers check-monitoring check-image \
+	check-kubernetes check-ray bench bench-gpu bench-policies models clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,26 @@ test-clients: $(STAMPS)/installed models ## Run other people's clients against a
 test-suites: $(STAMPS)/installed models ## Run lm-eval, guidellm, aiperf and schemathesis against a live server
 	$(BIN)/python tests/suites/run.py $(ARGS)
 
+test-page: $(STAMPS)/installed models ## Use the live page in headless Chromium (npm; Debian's chromium)
+	$(BIN)/python tests/page/run.py $(ARGS)
+
+check-numbers: $(STAMPS)/installed models ## Hold 200 answers' tokens to the server's metrics, exactly
+	$(BIN)/python tests/suites/check_numbers.py $(ARGS)
+
+check-monitoring: $(STAMPS)/dev models ## Ask every dashboard's and alert's query of a real Prometheus (Debian's)
+	$(BIN)/python tests/suites/monitoring.py $(ARGS)
+
+check-image: $(STAMPS)/installed models ## Build the CPU image with buildah and try it (as root; Debian's buildah, debootstrap, runc)
+	$(BIN)/python docker/build_check.py $(ARGS)
+
+check-kubernetes: $(STAMPS)/dev ## Render and validate the manifests (kubectl)
+	$(PIP) install -r deploy/kubernetes/requirements.txt
+	$(BIN)/python deploy/kubernetes/check.py
+
+check-ray: $(STAMPS)/dev models ## Two replicas on Ray Serve, one killed
+	$(PIP) install --editable ".[ray]"
+	$(BIN)/python deploy/ray/check.py $(ARGS)
+
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +88,7 @@ models: $(STAMPS)/installed ## Fetch the default model
 
 clean: ## Remove the virtual environment and what the tools left (fetched models stay)
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find server engine classifiers tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find server engine classifiers tests benchmarks deploy docker -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
 	if $(HAS_CUDA_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi

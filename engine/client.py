@@ -1,4 +1,4 @@
-"""The one way to talk to an engine: submit a request, read its events, abort it.
+"""The one way to talk to an engine: submit a request, read its events, cut or abort it.
 
 `LocalEngine` runs the engine on a thread of this process (tests, notebooks, `generate`);
 `WorkerEngine` runs it in a supervised process of its own (the server).
@@ -47,10 +47,20 @@ class EngineClient(Protocol):
         """
         ...
 
+    def cut(self, request_id: str, n_tokens: int) -> None:
+        """Ends an open request of which the first `n_tokens` tokens count, and no more: its reader has found
+        the output's end. Its iteration ends without another event. An id that is not open is no error: the
+        engine ended the request first.
+        """
+        ...
+
     async def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest if the engine would refuse the request. Runs nothing."""
         ...
 
     def on_step(self, listener: Callable[[StepStats, list[TokenEvent]], None]) -> None:
-        """`listener` is called on the event loop after every step with its statistics and events."""
+        """`listener` is called on the event loop after every step with its statistics and events.
+
+        Events of requests that were cut or left come here too, until a step's `left` names them.
+        """
         ...

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.client_local import ClientBase
+from engine.client_base import ClientBase
 from engine.config import EngineConfig
 from engine.messages import Add, Fault, LoadFailed, Ready, Stop, ToEngine, decode_from_engine, encode
 from engine.types import EngineUnavailable, InvalidRequest
@@ -43,7 +43,7 @@ class WorkerEngine(ClientBase):
     before the first restart; doubled by each one until the engine settles. `grace`: seconds it
     may take to end when closed, then it is killed. `step_timeout`: seconds of silence with
     requests open after which the process counts as hung and is killed. Loading has no bound, as
-    it may download; `close` ends it.
+    it may download; `close` ends it. `log_formatter` writes the process's log lines; None: as text.
     """
 
     def __init__(
@@ -54,11 +54,13 @@ class WorkerEngine(ClientBase):
         restart_delay: float = 1.0,
         grace: float = 5.0,
         step_timeout: float = 300.0,
+        log_formatter: logging.Formatter | None = None,
     ) -> None:
         super().__init__()
         check_factory(factory)
         self._config, self._factory = config, factory
         self._restart_delay, self._grace, self._step_timeout = restart_delay, grace, step_timeout
+        self._log_formatter = log_formatter
         self._worker: _Worker | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -118,7 +120,9 @@ class WorkerEngine(ClientBase):
         clock, failed_loads, delay = asyncio.get_running_loop().time, 0, self._restart_delay
         while True:
             endpoint = f"ipc://{folder}/{self._restarts}"
-            worker = self._worker = _Worker(context, endpoint, self._config, self._factory)
+            worker = self._worker = _Worker(
+                context, endpoint, self._config, self._factory, self._log_formatter
+            )
             await self._attend(worker)
             await self._bury(worker)
             self._worker = None
@@ -189,13 +193,19 @@ class _Worker:
     """One process and the socket to it. Raises OSError if it cannot be started."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, endpoint: str, config: EngineConfig, factory: str
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        config: EngineConfig,
+        factory: str,
+        log_formatter: logging.Formatter | None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.socket = context.socket(zmq.PAIR)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # requests are few: sending never waits
         self.socket.bind(endpoint)
-        arguments = (endpoint, config, factory, logging.getLogger().getEffectiveLevel())
+        level = logging.getLogger().getEffectiveLevel()
+        arguments = (endpoint, config, factory, level, log_formatter)
         self.process = multiprocessing.get_context("spawn").Process(
             target=main, args=arguments, name="disco-engine", daemon=True
         )

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.constraints import constraint_of
 from engine.drafting import Drafting
 from engine.finish import cut, score_output, score_prompt
-from engine.flight import Flight, event_of
+from engine.flight import Asked, Flight, event_of
 from engine.measure import measured
 from engine.models.runner import Batch, Chunk
 from engine.parts import Parts, build, target_lane
@@ -50,6 +50,7 @@ class Engine:
         if parts is None or device.type == "cuda":
             self._drafting.costs = measured(self._parts, config.max_num_seqs)
         self._arrivals = 0
+        self._generated = self._uncounted = 0  # tokens since start
         self._flight: Flight | None = None
         self._overlaps = device.type == "cuda"
         longest = max(_SHORT, config.max_sl + 1 if self._parts.drafters else 1)
@@ -105,8 +106,13 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Forgets a request and frees what it held; an unknown id is no error (it may just have ended)."""
+        self.cut(request_id, 0)
+
+    def cut(self, request_id: str, n_tokens: int) -> None:
+        """As `abort`, but the first `n_tokens` of its tokens count."""
         seq = self._sequences.get(request_id)
         if seq is not None:
+            self._uncounted += seq.generated - n_tokens
             self._end(seq)
 
     def has_work(self) -> bool:
@@ -128,6 +134,9 @@ class Engine:
         flight, self._flight = self._flight or self._begin(), None
         rows = self._finish(flight)
         seconds = time.perf_counter() - flight.begin
+        if rows:
+            spent = flight.draft_seconds + flight.decide_seconds + flight.verify_seconds
+            self._drafting.price(rows, flight, seconds - spent)
         if self._overlaps and self._sequences:
             self._flight = self._begin()
         events = [event_of(row, flight) for row in rows if row.samples or row.failed]
@@ -137,9 +146,14 @@ class Engine:
 
     def _begin(self) -> Flight:
         """Plans an iteration and queues what can be queued without an answer of the device."""
-        begin = time.perf_counter()
+        begin, now = time.perf_counter(), time.monotonic()
+        self._drafting.seconds_asked()
         rows = self._scheduler.plan(self._drafting.limits)
-        flight = Flight(rows, begin, self._drafting.begin(rows))
+        for row in rows:
+            row.seq.scheduled = row.seq.scheduled or now
+        asked = Asked(planning=self._drafting.seconds_asked())
+        flight = Flight(rows, begin, time.perf_counter(), asked=asked)
+        flight.drafts = self._drafting.begin(rows)
         if rows and not flight.drafts:
             self._run_target(rows, flight)
         return flight
@@ -152,7 +166,8 @@ class Engine:
             if flight.logits is None:
                 self._run_target(rows, flight)
             self._verify(rows, flight)
-            flight.verified = time.perf_counter()
+            flight.verified, flight.at = time.perf_counter(), time.monotonic()
+            flight.asked.verifying = self._drafting.seconds_asked()
             for row in rows:
                 self._commit(row)
             self._drafting.observe_costs(rows, flight)
@@ -161,6 +176,7 @@ class Engine:
     def _run_target(self, rows: list[PlanRow], flight: Flight) -> None:
         """Queues one pass over pending and draft tokens; of its logits [M, vocab] every row gets its part."""
         flight.drafted, flight.passed = time.perf_counter(), rows
+        flight.asked.drafting = self._drafting.seconds_asked()
         seqs, drafts = [row.seq for row in rows], [row.draft for row in rows]
         if self._lane is not None and all(row.decodes for row in rows) and self._lane.takes(seqs, drafts):
             counts = [len(draft.tokens) + 1 for draft in drafts]
@@ -236,14 +252,17 @@ class Engine:
     def _stats(
         self, rows: list[PlanRow], events: list[TokenEvent], flight: Flight, seconds: float
     ) -> StepStats:
+        emitted = sum(len(event.token_ids) for event in events)
+        self._generated += emitted
         return StepStats(
             rows=len(rows),
             prefill_tokens=sum(row.tokens for row in rows if not row.decodes),
-            emitted=sum(len(event.token_ids) for event in events),
+            emitted=emitted,
             drafted=sum(row.draft.drafted for row in rows),
             accepted=sum(event.accepted for event in events),
-            draft_seconds=flight.drafted - flight.begin if rows else 0.0,
-            verify_seconds=flight.verified - flight.drafted if rows else 0.0,
+            draft_seconds=flight.draft_seconds if rows else 0.0,
+            decide_seconds=flight.decide_seconds if rows else 0.0,
+            verify_seconds=flight.verify_seconds if rows else 0.0,
             step_seconds=seconds,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -252,6 +271,8 @@ class Engine:
             prefix_queries=self._blocks.queries,
             prefix_hits=self._blocks.hits,
             preemptions=self._scheduler.preemptions,
+            generated=self._generated,
+            uncounted=self._uncounted,
         )
 
 

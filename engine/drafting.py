@@ -15,6 +15,7 @@ from engine.speculation.control import PolicyTable
 from engine.speculation.costs import EngineCosts
 from engine.speculation.drafters.base import Drafter, Drafts
 from engine.speculation.policy import options_of
+from engine.speculation.stopwatch import Stopwatch
 
 
 class Drafting:
@@ -28,6 +29,7 @@ class Drafting:
         }
         self.costs = EngineCosts()
         self._lately = dict.fromkeys(parts.drafters, True)  # whether any row drafted
+        self._asking = Stopwatch()  # for limits, and teaching
 
     def warm(self) -> None:
         """Readies the drafters and their tables for the configured policy."""
@@ -48,8 +50,17 @@ class Drafting:
         if seq.drafter in self.tables:
             self.tables[seq.drafter].put_aside(seq)
 
+    def seconds_asked(self) -> float:
+        """Host seconds that asking and teaching policies took since the last call."""
+        return self._asking.lap() + sum(table.asked_while_drafting.lap() for table in self.tables.values())
+
     def limits(self, decoding: list[Sequence]) -> list[tuple[int, str | None]]:
         """What each decoding row may draft: the policy's wish, within caps and the room that is left."""
+        with self._asking:
+            wishes = self._wishes(decoding)
+        return [(0, None) if seq.id not in wishes else self._bounded(seq, wishes[seq.id]) for seq in decoding]
+
+    def _wishes(self, decoding: list[Sequence]) -> dict[str, int]:
         wishes: dict[str, int] = {}
         for name, table in self.tables.items():
             mine = [seq for seq in decoding if seq.drafter == name]
@@ -61,7 +72,7 @@ class Drafting:
                 asked = table.limits(mine)
                 wishes |= zip([seq.id for seq in mine], asked, strict=True)
                 self._lately[name] = any(map(min, asked, [seq.max_sl for seq in mine]))
-        return [(0, None) if seq.id not in wishes else self._bounded(seq, wishes[seq.id]) for seq in decoding]
+        return wishes
 
     def _bounded(self, seq: Sequence, wish: int) -> tuple[int, str | None]:
         # A draft of k emits up to k + 1 tokens and writes KV for the newest token and all k.
@@ -124,9 +135,10 @@ class Drafting:
         table = self.tables[seq.drafter]
         if table.learns(seq):
             return self._lately[seq.drafter]
-        if seq.slot < 0:
-            table.take(seq)
-        return table.limits([seq]) != [0]
+        with self._asking:
+            if seq.slot < 0:
+                table.take(seq)
+            return table.limits([seq]) != [0]
 
     def teach_ahead(self, rows: list[PlanRow], answer: Tensor) -> bool:
         """Tells the policies of verdicts that only the device knows yet.
@@ -139,7 +151,8 @@ class Drafting:
         if len(learning) != 1 or len(learning[0][2]) < len(rows):
             return not learning
         drafted = [row.draft.drafted for row in rows]
-        return learning[0][1].observe_ahead([row.seq for row in rows], drafted, answer[::2, : len(rows)])
+        with self._asking:
+            return learning[0][1].observe_ahead([row.seq for row in rows], drafted, answer[::2, : len(rows)])
 
     def teach(self, rows: list[PlanRow]) -> None:
         """Tells the policies that learn what became of these rows' drafts."""
@@ -147,7 +160,8 @@ class Drafting:
             learning = [row for row in self._learning(name, rows) if not row.failed]
             if learning:
                 drafted, accepted = [r.draft.drafted for r in learning], [r.accepted for r in learning]
-                table.observe([row.seq for row in learning], drafted, accepted)
+                with self._asking:
+                    table.observe([row.seq for row in learning], drafted, accepted)
 
     def _learning(self, drafter: str, rows: list[PlanRow]) -> list[PlanRow]:
         table = self.tables[drafter]
@@ -162,6 +176,23 @@ class Drafting:
                 table.load.observe(len(rows), emitted, seconds, policies)
             tokens = len(rows) + sum(len(row.draft.tokens) for row in rows)
             self.costs.verify.observe(len(rows), tokens, flight.verified - flight.drafted)
+
+    def price(self, rows: list[PlanRow], flight: Flight, rest: float) -> None:
+        """Notes what a token would have cost without drafts: see `StepStats`. `rest`: seconds of the step.
+
+        Prompts that ran in the same pass would have run without drafts too: what the pass took beyond the
+        known cost of its decoding rows.
+        """
+        decoding = [row for row in rows if row.samples and row.seq.started and not row.first]
+        count = len(decoding)
+        plain = self.costs.verify.cost(count, count) if count else None
+        if plain is None:
+            return
+        flight.plain_seconds = (plain + rest) / count
+        if len(decoding) < len(rows) or not all(row.decodes for row in rows):
+            tokens = count + sum(len(row.draft.tokens) for row in decoding)
+            known = self.costs.verify.cost(count, tokens) or 0.0
+            flight.other_seconds = max(flight.verified - flight.drafted - known, 0.0) / count
 
 
 def mix(seqs: Seq[Sequence]) -> frozenset[str]:

@@ -24,6 +24,13 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     ticket: int
 
 
+class Cut(msgspec.Struct, frozen=True, tag="cut"):
+    """As `Abort`, but the first `tokens` of its tokens count: its reader found the output's end in them."""
+
+    ticket: int
+    tokens: int
+
+
 class Grammar(msgspec.Struct, frozen=True, tag="grammar"):
     """What a `GrammarWanted` asked for. One that nobody waits for any more is ignored."""
 
@@ -62,11 +69,15 @@ class GrammarWanted(msgspec.Struct, frozen=True, tag="grammar_wanted"):
 
 
 class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
-    """One step: `tickets[i]` is whom `events[i]` belongs to."""
+    """One step: `tickets[i]` is whom `events[i]` belongs to.
+
+    `left`: each ticket of an `Abort` or `Cut` once, after which no event of it comes.
+    """
 
     stats: StepStats
     tickets: list[int]
     events: list[TokenEvent]
+    left: list[int] = []
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
@@ -76,7 +87,7 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
     tickets: list[int]
 
 
-ToEngine = Add | Abort | Grammar | Stop
+ToEngine = Add | Abort | Cut | Grammar | Stop
 FromEngine = Ready | LoadFailed | Refused | GrammarWanted | Stepped | Fault
 
 encode = msgspec.msgpack.Encoder().encode

@@ -43,6 +43,7 @@ class Sequence:
     draws: int = 0
     cached_tokens: int = 0
     started: bool = False  # the first event went out
+    scheduled: float | None = None  # when it first ran, by `time.monotonic`
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     ngrams: NgramIndex | None = None
     counts: TokenCounts | None = None  # kept only for penalties

@@ -141,10 +141,20 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; on the first event
+    scheduled: float | None = None  # when it first ran; on the first event
+    at: float | None = None  # when the step's verdicts were there
+    baseline_seconds: float = 0.0  # what these tokens would have cost without a draft, see StepStats
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine step in numbers, for metrics. Times in seconds, counts of tokens or rows."""
+    """One engine step in numbers, for metrics. Times in seconds, counts of tokens or rows.
+
+    `draft_seconds`: drafting, with what policies decide on the device. `decide_seconds`: the host asking and
+    teaching policies. `verify_seconds`: the target's pass and the verdicts. `step_seconds` less these three
+    is the rest: planning, keeping books.
+    What a token would have cost without a draft (an event's `baseline_seconds`): its row's share of a plain
+    pass over the rows of the step that decode, by the engine's cost table, and of the step's rest.
+    """
 
     rows: int = 0
     prefill_tokens: int = 0
@@ -152,6 +162,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     drafted: int = 0
     accepted: int = 0
     draft_seconds: float = 0.0
+    decide_seconds: float = 0.0
     verify_seconds: float = 0.0
     step_seconds: float = 0.0
     running: int = 0
@@ -161,6 +172,9 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queries: int = 0  # tokens looked up in the prefix cache, since start
     prefix_hits: int = 0  # tokens found there, since start
     preemptions: int = 0  # since start
+    generated: int = 0  # tokens in all events since start
+    uncounted: int = 0  # of these, those of aborted requests, and those behind a cut
+    left: tuple[str, ...] = ()  # requests that their readers left: no event of them comes after this step
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from engine.config import EngineConfig
 from engine.messages import (
     Abort,
     Add,
+    Cut,
     Fault,
     FromEngine,
     Grammar,
@@ -61,6 +62,10 @@ class EngineCore(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Drops the request without an event; an unknown id is a no-op."""
+        ...
+
+    def cut(self, request_id: str, n_tokens: int) -> None:
+        """Drops the request, of which the first `n_tokens` tokens count; an unknown id is a no-op."""
         ...
 
     def has_work(self) -> bool: ...
@@ -140,6 +145,7 @@ class _Loop:
         self.ids: dict[int, str] = {}  # open requests, by ticket
         self.tickets: dict[str, int] = {}  # and the way back
         self.reading = Reading()  # for some of these: the engine has not seen them yet
+        self.left: list[int] = []  # tickets that their readers left since the last step
 
     def run(self) -> None:
         """Returns when told to stop."""
@@ -152,7 +158,7 @@ class _Loop:
                 elif isinstance(message, Grammar):
                     self.reading.take(message.grammar)
                 else:
-                    self.abort(message)
+                    self.leave(message)
             self.go_on_with_the_read()
             if self.engine.has_work():
                 self.step()
@@ -191,20 +197,25 @@ class _Loop:
             del self.tickets[message.request.id]
         self.channel.send(Refused(message.ticket, error.message, error.param, error.code))
 
-    def abort(self, message: Abort) -> None:
+    def leave(self, message: Abort | Cut) -> None:
         request_id = self.ids.pop(message.ticket, None)
         if request_id is not None:
             del self.tickets[request_id]
             self.reading.leave(message.ticket)
-            self.engine.abort(request_id)
-            if not self.engine.has_work():
-                self.step()  # without work it does nothing but tell that nothing runs any more
+            if isinstance(message, Cut):
+                self.engine.cut(request_id, message.tokens)
+            else:
+                self.engine.abort(request_id)
+        self.left.append(message.ticket)
+        if not self.engine.has_work():
+            self.step()  # without work it does nothing but tell that nothing runs any more
 
     def step(self) -> None:
         events, stats = self.engine.step()
         # An event of a request that is not open is the engine's fault: KeyError.
         tickets = [self.tickets[event.id] for event in events]
-        self.channel.send(Stepped(stats, tickets, events))
+        left, self.left = self.left, []
+        self.channel.send(Stepped(stats, tickets, events, left))
         for event in events:
             if event.finish_reason is not None:
                 del self.ids[self.tickets.pop(event.id)]
@@ -242,13 +253,21 @@ class _SocketChannel:
                     raise ClientGone from None
 
 
-def main(endpoint: str, config: EngineConfig, factory: str, log_level: int) -> None:
-    """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault."""
+def main(
+    endpoint: str, config: EngineConfig, factory: str, log_level: int, formatter: logging.Formatter | None
+) -> None:
+    """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault.
+
+    It logs to stderr, warnings too, as `formatter` writes lines; None: as text.
+    """
     # These may reach the whole process group; ending the engine is its client's business.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     faulthandler.enable()
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter or logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=log_level, handlers=[handler])
+    logging.captureWarnings(True)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
@@ -260,10 +279,10 @@ def main(endpoint: str, config: EngineConfig, factory: str, log_level: int) -> N
         sound = False
     socket.close()
     context.term()
-    if not sound:
-        # Without teardown: after a CUDA error it can hang, and there is nothing left to save.
-        sys.stderr.flush()
-        os._exit(1)
+    # Without teardown: after a CUDA error it can hang, torch's alone takes seconds, and all is saved.
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0 if sound else 1)
 
 
 def describe(error: Exception) -> str:

@@ -6,14 +6,17 @@ import asyncio
 import logging
 import socket
 import sys
+from contextlib import ExitStack
 from importlib.metadata import entry_points, version
 from typing import Annotated, Any
 
 import typer
 
 from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
+from server.bench.command import bench
 from server.flags import fail, one_line_errors, settings_flags
 from server.settings import Settings
+from server.top import top
 
 app = typer.Typer(
     name="disco-serve",
@@ -25,6 +28,8 @@ app = typer.Typer(
 )
 models = typer.Typer(help="The models that have a short name.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
+app.command("bench")(bench)
+app.command("top")(top)
 
 _ENGINE_FLAGS = (
     "target",
@@ -55,11 +60,18 @@ _SERVER_FLAGS = (
     "max_num_seqs",
     "prefix_cache",
     "cors_origins",
+    "page",
     "max_body_bytes",
     "tool_format",
     "grammar_seconds",
     "max_grammar_bytes",
     "shutdown_seconds",
+    "log_format",
+    "log_prompts",
+    "otlp_endpoint",
+    "metrics_port",
+    "metrics_label",
+    "metrics_compat",
 )
 
 
@@ -83,14 +95,18 @@ def _root(
 def serve(settings: Settings) -> None:
     """Serve a target model over OpenAI's API. Every flag also reads DISCO_<NAME>."""
     from engine.models.references import ModelError
-    from server import logs
+    from server import logs, tracing
     from server.launch import run
 
-    logs.configure(settings.log_level)
-    with one_line_errors(ModelError, EngineUnavailable, InvalidRequest):
-        listener = _listen(settings.host, settings.port)
-        with listener:
-            run(settings, listener)
+    logs.configure(settings.log_level, settings.log_format)
+    with one_line_errors(ModelError, EngineUnavailable, InvalidRequest, tracing.CannotTrace):
+        tracing.endpoint(settings)  # told at once, before any model is loaded
+        with ExitStack() as stack:
+            ports = (settings.port, settings.metrics_port)
+            listeners = [
+                stack.enter_context(_listen(settings.host, port)) for port in ports if port is not None
+            ]
+            run(settings, *listeners)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from server.logprobs import TokenTable
 from server.metrics import Metrics
 from server.protocol.common import GenerationBody
 from server.protocol.fields import word_tokens
+from server.record import current
 from server.render import Renderer
 from server.settings import Settings
 
@@ -38,6 +39,7 @@ class Context:
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that is not served here; None is the first name's."""
         names = self.settings.served_model_name
+        current().name(names[0] if name is None else name)
         if name is not None and name not in names:
             message = f"the model '{name}' is not served here; served: {', '.join(names)}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -54,6 +56,10 @@ class Context:
             return self.engine.info
         except EngineUnavailable:
             return None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids as text, special tokens included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     async def grammar(self, body: GenerationBody) -> CompiledGrammar | None:
         """What the answer to `body` must match; None: anything. Raises InvalidRequest."""

@@ -70,6 +70,22 @@ class TextStream:
             return len(self.starts)
         return bisect_left(self.starts, self.safe)
 
+    @property
+    def final_tokens(self) -> int:
+        """Of these, the tokens whose text is all out: that of the last one may be held back in part."""
+        if self._ended or self.stopped:
+            return len(self.starts)
+        safe = self.safe
+        count = bisect_left(self.starts, safe)
+        return count - 1 if count and self._end(count - 1) > safe else count
+
+    def text_of(self, token: int) -> str:
+        """The text that this token added: none where only a later one makes a character whole."""
+        return self.text[self.starts[token] : self._end(token)]
+
+    def _end(self, token: int) -> int:
+        return self.starts[token + 1] if token + 1 < len(self.starts) else len(self.text)
+
     def push(self, token_id: int, *, silent: bool = False) -> bool:
         """Adds a token; a `silent` one (the EOS that ended it) has no text. True: a stop string ended it."""
         self.starts.append(len(self.text))

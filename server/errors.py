@@ -11,11 +11,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
+from server.record import CLIENT_GONE as CLIENT_GONE
+from server.record import current
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
-CLIENT_GONE = 499  # nobody reads it; it is what the access log and the metrics say
 _TYPES = {503: "service_unavailable_error"}
 
 
@@ -51,7 +52,16 @@ def unavailable(message: str) -> ApiError:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Whose fault it is, as a status. What is not known is ours: 500, logged, and no detail shown."""
+    """Whose fault it is, as a status. What is not known is ours: 500, logged, and no detail shown.
+
+    The client is told of it: the request's record has it.
+    """
+    told = _api_error(error)
+    current().failed(told.status, told.code)
+    return told
+
+
+def _api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,9 @@ from engine.types import (
 )
 from server.detokenize import TextStream
 from server.metrics import Metrics
+from server.metrics_ledger import Reason
+from server.passes import Passes
+from server.record import current
 from server.render import Prompt
 from server.statistics import Speculated, total, usage
 from server.turn import Delta, TurnReader
@@ -41,6 +43,7 @@ class Piece:
     offsets: list[int]  # where each token begins in the choice's text
     first: bool
     finish_reason: Ending | None
+    passes: range = range(0)  # passes of the target that may be told now; see `Choice.passes`
 
 
 class Choice:
@@ -71,6 +74,7 @@ class Choice:
         self._stream = stream
         self._include_stop = include_stop
         self._blocks: list[TokenEvent] = []
+        self.passes = Passes(self._blocks, self.token_ids, stream)
         self._shown = self._shown_tokens = 0
         self._begun = False
 
@@ -81,6 +85,11 @@ class Choice:
     @property
     def offsets(self) -> list[int]:
         return self._stream.starts
+
+    @property
+    def events(self) -> Sequence[TokenEvent]:
+        """What the engine gave so far."""
+        return self._blocks
 
     @property
     def shown_tokens(self) -> int:
@@ -153,6 +162,7 @@ class Choice:
             offsets=self.offsets[first_token:last_token],
             first=not self._begun,
             finish_reason=self.finish_reason,
+            passes=self.passes.news(last=self.finish_reason is not None),
         )
         self._shown, self._shown_tokens, self._begun = end, last_token, True
         return piece
@@ -177,15 +187,16 @@ class Choice:
         return sum(logprob.logprob for logprob in self.logprobs) / len(self.logprobs)
 
 
-def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Usage of a request so far: each prompt once, and the tokens shown of every choice."""
+def usage_of(choices: Sequence[Choice], answered: Sequence[Choice] | None = None) -> dict[str, Any]:
+    """Usage of a request so far: each prompt once, and the tokens shown of those `answered`; None: of all."""
+    answered = choices if answered is None else answered
     by_prompt = {id(choice.prompt): choice for choice in reversed(choices)}  # the first choice of each
     prompts = sum(len(choice.prompt.ids) for choice in by_prompt.values())
     cached = sum(choice.cached_tokens for choice in by_prompt.values())
-    tokens = sum(choice.shown_tokens for choice in choices)
-    told = usage(prompts, cached, tokens, total(choice.speculated for choice in choices))
-    if any(choice.prompt.place is not None for choice in choices):
-        reasoning = sum(choice.reasoning_tokens for choice in choices)
+    tokens = sum(choice.shown_tokens for choice in answered)
+    told = usage(prompts, cached, tokens, total(choice.speculated for choice in answered))
+    if any(choice.prompt.place is not None for choice in answered):
+        reasoning = sum(choice.reasoning_tokens for choice in answered)
         told["completion_tokens_details"]["reasoning_tokens"] = reasoning
     return told
 
@@ -207,18 +218,28 @@ async def generate(
     pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
     tasks = [asyncio.create_task(_run(engine, choice, metrics, pieces)) for choice in choices]
     running = len(tasks)
+    record = current()
+    record.begin(choices)
+    lost: Reason | None = "aborted"
     try:
         while running:
             piece = await pieces.get()
             if isinstance(piece, Exception):
+                lost = "error"
                 raise piece
+            if piece.choice.token_ids:
+                record.first_token()
             running -= piece.finish_reason is not None
             yield piece
+        lost = None
     finally:
         for task in tasks:
             task.cancel()
         with anyio.CancelScope(shield=True):  # a client that left must not cut the aborts short
             await asyncio.gather(*tasks, return_exceptions=True)
+        for choice in choices:
+            kept = len(choice.token_ids) if lost is None else 0
+            metrics.ledger.settle(choice.request.id, kept, lost or "stop_string")
 
 
 async def _run(
@@ -227,12 +248,15 @@ async def _run(
     outcome = "abort"  # what stands if this task is cancelled
     metrics.in_flight.inc()
     metrics.prompt_tokens.inc(len(choice.prompt.ids))
+    metrics.ledger.begin(choice.request.id, engine.restarts)
     try:
         last = await _follow(engine, choice, metrics, pieces)
         outcome = "stop" if last.finish_reason == "tool_calls" else str(last.finish_reason)
         pieces.put_nowait(last)
     except Exception as error:  # handed to `generate`, which raises it where the answer is made
         outcome = "error"
+        if isinstance(error, EngineUnavailable | InvalidRequest | RequestFailed):
+            metrics.ledger.over(choice.request.id)  # it is the engine that ended it
         pieces.put_nowait(error)
     finally:
         metrics.in_flight.dec()
@@ -243,21 +267,20 @@ async def _follow(
     engine: EngineClient, choice: Choice, metrics: Metrics, pieces: asyncio.Queue[Piece | Exception]
 ) -> Piece:
     """Reads the events of one choice; returns its last piece once the engine's side is closed."""
-    seen, started = choice.request.arrival, False
+    times = metrics.times.of(choice.request.arrival)
     events = engine.generate(choice.request)
     try:
         async for event in events:
-            if event.token_ids:
-                now = time.monotonic()
-                metrics.tokens(len(event.token_ids), now - seen, first=not started)
-                seen, started = now, True
+            times.take(event)
             piece = choice.take(event)
             if piece is not None and piece.finish_reason is not None:
-                metrics.end_to_end.observe(time.monotonic() - choice.request.arrival)
+                times.end()
+                if event.finish_reason is None:  # a stop string, of which the engine knows nothing
+                    engine.cut(choice.request.id, len(choice.token_ids))
                 return piece
             if piece is not None:
                 pieces.put_nowait(piece)
     finally:
         if isinstance(events, AsyncGenerator):
-            await events.aclose()  # after a stop string this aborts the engine's request
+            await events.aclose()  # where its end has not come, this aborts the engine's request
     raise EngineUnavailable("the engine ended this request without a last event")

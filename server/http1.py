@@ -7,13 +7,15 @@ import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import h11
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import Counter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import ApiError, unavailable
@@ -52,7 +54,7 @@ class Server(uvicorn.Server):
 def _config(app: FastAPI, shutdown_seconds: float) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=Protocol,
+        http=cast("type[asyncio.Protocol]", partial(Protocol, count=app.state.context.metrics.http_requests)),
         ws="none",
         lifespan="on",
         log_config=None,  # server.logs has the say
@@ -65,8 +67,10 @@ def _config(app: FastAPI, shutdown_seconds: float) -> uvicorn.Config:
 class Protocol(H11Protocol):
     """One connection. What is not HTTP is answered as every error is, and the connection is closed."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, count: Counter, **kwargs: Any) -> None:
+        """`count`: of answers, by route and status; those that no route gives are counted here."""
         super().__init__(*args, **kwargs)
+        self._count = count
         self.logger = _uvicorn_log
         self._refused = False
 
@@ -95,6 +99,8 @@ class Protocol(H11Protocol):
 
     def _answer(self, error: ApiError) -> None:
         response = error.response()
+        if self.cycle is None or self.cycle.response_complete:  # else the app counts what it has of it
+            self._count.labels("unmatched", str(error.status)).inc()
         own = [(b"connection", b"close"), (b"x-request-id", uuid4().hex.encode())]
         head = h11.Response(
             status_code=error.status,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from importlib.metadata import version
 
 import uvicorn
@@ -13,36 +12,41 @@ from transformers import PreTrainedTokenizerBase
 from engine.client import EngineClient
 from engine.client_worker import WorkerEngine
 from engine.types import EngineUnavailable
-from server import http1
+from server import http1, logs, metrics_port
 from server.app import create_app
+from server.log_lines import formatter
 from server.prepare import prepare
 from server.settings import Settings
 
 _LOOK_SECONDS = 0.1  # between looks at an engine that is loading
 
 
-def run(settings: Settings, listener: socket.socket) -> None:
-    """Serves on the bound socket until a signal ends it.
+def run(settings: Settings, listener: socket.socket, metrics_listener: socket.socket | None = None) -> None:
+    """Serves on the bound socket until a signal ends it, and /metrics on the other one, if there is one.
 
     Raises what `prepare` raises, before the engine is started, and EngineUnavailable if it cannot load.
     """
     config = settings.engine_config()
     address = _address(listener)
-    print(f"disco-serve {version('disco-serve')} on {address}", file=sys.stderr)
-    print(f"  target {config.target}, draft {config.draft}, policy {config.policy}; loading", file=sys.stderr)
+    models = f"target {config.target}, draft {config.draft}, policy {config.policy}"
+    logs.say(f"disco-serve {version('disco-serve')} on {address}\n  {models}; loading", settings.log_format)
     tokenizer = prepare(config)
-    asyncio.run(_serve(settings, tokenizer, listener, address))
+    asyncio.run(_serve(settings, tokenizer, listener, metrics_listener))
 
 
 async def _serve(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, listener: socket.socket, address: str
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    listener: socket.socket,
+    metrics_listener: socket.socket | None,
 ) -> None:
-    engine = WorkerEngine(settings.engine_config())
+    engine = WorkerEngine(settings.engine_config(), log_formatter=formatter(settings.log_format))
     app = create_app(settings, engine, tokenizer)
     server = http1.Server(app, settings.shutdown_seconds, late=engine.close)
-    loading = asyncio.create_task(_watch_loading(server, engine, address, settings.served_model_name[0]))
+    loading = asyncio.create_task(_watch_loading(server, engine, _address(listener), settings))
     try:
-        await server.serve(sockets=[listener])
+        async with metrics_port.also_on(metrics_listener, app.state.context.metrics):
+            await server.serve(sockets=[listener])
     finally:
         loading.cancel()
     if not server.started:
@@ -51,14 +55,17 @@ async def _serve(
         loading.result()
 
 
-async def _watch_loading(server: uvicorn.Server, engine: EngineClient, address: str, model: str) -> None:
+async def _watch_loading(
+    server: uvicorn.Server, engine: EngineClient, address: str, settings: Settings
+) -> None:
     """Says when the engine is ready, and what the KV pool took. Ends a server that can never be ready."""
     while engine.state == "loading":
         await asyncio.sleep(_LOOK_SECONDS)
     if engine.state == "dead":
         server.should_exit = True
     if engine.state != "closed":
-        print(_ready_lines(engine, address, model), file=sys.stderr)  # raises EngineUnavailable if it is dead
+        ready = _ready_lines(engine, address, settings.served_model_name[0])  # raises if it is dead
+        logs.say(ready, settings.log_format)
 
 
 def _ready_lines(engine: EngineClient, address: str, model: str) -> str:

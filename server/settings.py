@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.config import DType, EngineConfig, Quantization, RunnerKind
 from server import tools
+from server.log_lines import LogFormat
+from server.metrics_labels import constant_labels
 
 
 def _listed(value: Any) -> Any:
@@ -19,6 +22,15 @@ def _listed(value: Any) -> Any:
     if value.lstrip().startswith("["):
         return json.loads(value)
     return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def is_web_url(text: str) -> bool:
+    """An absolute http or https URL."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+    except ValueError:
+        return False
 
 
 Strings = Annotated[list[str], NoDecode, BeforeValidator(_listed)]
@@ -53,6 +65,7 @@ class Settings(BaseSettings):
     api_key: Secrets = Field([], description="keys that open the API; none: open to all")
     served_model_name: Strings = Field([], description="names that requests may use; default: the target")
     cors_origins: Strings = Field([], description="browser origins allowed; default: none")
+    page: bool = Field(True, description="serve the live page at /, which shows speculation at work")
     max_body_bytes: int = Field(8 * 2**20, ge=1, description="largest request body in bytes")
     tool_format: str = Field(
         "auto", min_length=1, description="how the model writes tool calls; auto: found by its chat template"
@@ -63,6 +76,20 @@ class Settings(BaseSettings):
     max_grammar_bytes: int = Field(65536, ge=1, description="largest grammar or JSON schema in bytes")
     shutdown_seconds: float = Field(30.0, ge=0, description="time that open streams get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = Field("text", description="log lines: text, or json for a JSON object each")
+    log_prompts: bool = Field(False, description="log the prompt and the text of requests, and trace them")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="serve /metrics on this port, too; default: none"
+    )
+    metrics_label: Strings = Field([], description="constant label of every metric, as NAME=VALUE")
+    metrics_compat: Literal["vllm"] | None = Field(
+        None, description="tell the metrics under these names, too; default: ours alone"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="send traces to this OpenTelemetry collector, as http://host:4318; "
+        "default: OTEL_EXPORTER_OTLP_ENDPOINT, else none",
+    )
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: DType = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
@@ -92,6 +119,19 @@ class Settings(BaseSettings):
         if name not in known:
             raise ValueError(f"unknown tool format '{name}'; known are {', '.join(known)}")
         return name
+
+    @field_validator("metrics_label")
+    @classmethod
+    def _label(cls, given: list[str]) -> list[str]:
+        constant_labels(given)
+        return given
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, url: str | None) -> str | None:
+        if url is not None and not is_web_url(url):
+            raise ValueError("not an http or https URL")
+        return url
 
     @model_validator(mode="before")
     @classmethod

@@ -155,13 +155,13 @@ class FusedRunner:
         elif self.graphs is not None and self.graphs.takes(batch):
             found, normed = self.graphs.forward(batch)
             if found is None:
-                return self._headed(normed, self._staging.words(batch.logits_at))
+                return self._headed(normed, batch.on_device(self.device).logits_at)
             logits, hidden = found, functools.partial(_itself, normed)
         else:
             return self._forward(batch)
         self._hidden = hidden
         if len(batch.logits_at) < tokens:
-            at = self._staging.words(batch.logits_at).clone()  # `hidden` may be asked much later
+            at = batch.on_device(self.device).logits_at
             logits, self._hidden = logits[at], lambda: hidden()[at]
         return logits
 

@@ -22,6 +22,7 @@ from engine.speculation.policy import (
     options_of,
     policies,
 )
+from engine.speculation.stopwatch import Stopwatch
 from engine.types import InvalidRequest
 
 MOST_JUDGED = 64  # rows
@@ -39,6 +40,7 @@ class PolicyTable:
         self._device = device
         equipment = equipment or Equipment(Load(device))
         self.load = equipment.load
+        self.asked_while_drafting = Stopwatch()
         self._policies = {n: each for n, each in policies().items() if each.missing(equipment) is None}
         # One slot more than rows: what the padding of a captured graph reads and writes.
         self.spare_slot = slots
@@ -114,7 +116,10 @@ class PolicyTable:
     def keep_drafting(self, rows: Seq[Sequence], signals: Signals) -> list[bool]:
         """Draft one more? By row; the one read-back of a draft step."""
         names = sorted({row.policy for row in rows})
-        keep: list[bool] = self.decide(names, self._slots_of(rows), self._numbers_of(rows), signals).tolist()
+        with self.asked_while_drafting:
+            keep: list[bool] = self.decide(
+                names, self._slots_of(rows), self._numbers_of(rows), signals
+            ).tolist()
         return keep
 
     def serves(self, policy: str) -> bool:

@@ -98,6 +98,35 @@ class CompletionLogprobs(Answer):
     text_offset: list[int] = Field(description="where each token begins in `text`, in characters")
 
 
+class PassToken(Answer):
+    """A token that a pass gave."""
+
+    id: int = Field(ge=0)
+    text: str = Field(
+        description="what it added to the raw text, which think tags and calls are a part of; all of them "
+        "add up to it. Empty where a later token makes the character whole"
+    )
+    origin: Literal["draft", "correction", "bonus", "target"] = Field(
+        description="draft: drafted and accepted; correction: the target's, in place of a draft token that "
+        "fell; bonus: the target's, after a draft that stood whole; target: nothing had been drafted"
+    )
+
+
+class Pass(Answer):
+    """One pass of the target for a choice; ours. Sums over all are the choice's `speculation`."""
+
+    iteration: bool = Field(description="false: the pass over the prompt, which gives the first token")
+    drafted: int = Field(ge=0, description="draft tokens: the lookahead of this iteration")
+    accepted: int = Field(ge=0, description="of these in the answer")
+    stop_reason: str | None = Field(description="why drafting stopped, as policy, cap, room, drafter")
+    draft_seconds: float = Field(ge=0)
+    verify_seconds: float = Field(ge=0)
+    tokens: list[PassToken] = Field(description="those of the answer; a stop string takes its own")
+
+
+PASSES = "in chunks with `include_speculation`: each pass once, as soon as its tokens are final"
+
+
 class CompletionChoice(Answer):
     """One continuation."""
 
@@ -110,6 +139,7 @@ class CompletionChoice(Answer):
     )
     token_ids: list[int] | None = Field(None, description="with `return_token_ids`")
     prompt_token_ids: list[int] | None = Field(None, description="with `return_token_ids`")
+    passes: list[Pass] | None = Field(None, description=PASSES)
     speculation: Speculated | None = Field(None, description="of this choice, if there are several")
 
 

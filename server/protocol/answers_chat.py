@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from server.protocol.answers import FINISH, Answer, PromptLogprob, Speculated, Usage
+from server.protocol.answers import FINISH, PASSES, Answer, Pass, PromptLogprob, Speculated, Usage
 
 _CHAT_FINISH = f"{FINISH}; tool_calls: the answer calls tools"
 
@@ -113,6 +113,7 @@ class ChatChunkChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None = Field(description=_CHAT_FINISH)
     token_ids: list[int] | None = Field(None, description="with `return_token_ids`")
+    passes: list[Pass] | None = Field(None, description=PASSES)
 
 
 class ChatChunk(Answer):

@@ -32,6 +32,9 @@ class StreamOptions(Body):
         False, description="a last chunk with `usage` and no choices; `usage` is null in the others"
     )
     continuous_usage_stats: bool = Field(False, description="vLLM's: every chunk has the usage so far")
+    include_speculation: bool = Field(
+        False, description="ours: choices have `passes`, which tell of each token whose it is"
+    )
     include_obfuscation: Annotated[bool, Only(False, why="chunks are not padded")] = Field(
         False, description="OpenAI's; only false: chunks are not padded"
     )
@@ -172,6 +175,10 @@ class GenerationBody(Body):
     @property
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def include_speculation(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_speculation
 
     def structure(self) -> Structure | None:
         """What the answer must look like; None: anything goes. Raises InvalidRequest."""

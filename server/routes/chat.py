@@ -100,7 +100,7 @@ class _Answer:
             yield self.head("chat.completion.chunk") | {"choices": [], "usage": usage_of(choices)}
 
     def _chunks_of(self, piece: Piece) -> list[dict[str, Any]]:
-        """Role, what is new, finish: a chunk for each. Logprobs and token ids come with what is new first."""
+        """Role, what is new, finish: a chunk each. What is told of tokens comes with what is new first."""
         index, body = piece.choice.index, self.body
         chunks: list[dict[str, Any]] = []
         if piece.first:
@@ -109,12 +109,15 @@ class _Answer:
                 role["prompt_token_ids"] = list(piece.choice.prompt.ids)
             chunks.append(role)
         said = [self._chunk(index, delta) for delta in _deltas(piece.delta)]
-        if piece.token_ids and (body.logprobs or body.return_token_ids):
+        told = bool(piece.passes) and body.include_speculation
+        if told or (piece.token_ids and (body.logprobs or body.return_token_ids)):
             said = said or [self._chunk(index, {"content": ""})]
             if body.logprobs:
                 said[0]["choices"][0]["logprobs"] = self._logprobs(piece.logprobs)
             if body.return_token_ids:
                 said[0]["choices"][0]["token_ids"] = piece.token_ids
+            if told:
+                said[0]["choices"][0]["passes"] = piece.choice.passes.bodies(piece.passes)
         chunks += said
         if piece.finish_reason is not None:
             last = self._chunk(index, {}, piece.finish_reason)

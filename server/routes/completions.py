@@ -115,12 +115,15 @@ class _Answer:
             async for _ in pieces:
                 pass
         best = self._best(choices)
+        made, told = (sum(len(choice.token_ids) for choice in some) for some in (choices, best))
+        self.context.metrics.ledger.discard(made - told, "best_of")
         entries = [self._entry(index, choice) for index, choice in enumerate(best)]
         if len(entries) > 1:
             for entry, choice in zip(entries, best, strict=True):
                 entry["speculation"] = choice.speculated.body()
         speculation = total(choice.speculated for choice in choices).body()
-        return {**self.head(), "choices": entries, "usage": usage_of(choices), "speculation": speculation}
+        usage = usage_of(choices, best)
+        return {**self.head(), "choices": entries, "usage": usage, "speculation": speculation}
 
     def _best(self, choices: list[Choice]) -> list[Choice]:
         """The `n` of each prompt's candidates with the highest mean log-probability."""
@@ -170,6 +173,8 @@ class _Answer:
             entry["token_ids"] = piece.token_ids
             if piece.first:
                 entry["prompt_token_ids"] = list(choice.prompt.ids)
+        if body.include_speculation:
+            entry["passes"] = choice.passes.bodies(piece.passes)
         return entry
 
     def _echo(self, prompt: Prompt) -> str:
@@ -219,7 +224,8 @@ class _Answer:
         body = self.body
         tokens_shown = bool(piece.token_ids) and (body.logprobs is not None or body.return_token_ids)
         wanted = piece.first and (body.echo or body.return_token_ids)
-        return bool(piece.text or piece.finish_reason or tokens_shown or wanted)
+        told = bool(piece.passes) and body.include_speculation
+        return bool(piece.text or piece.finish_reason or tokens_shown or wanted or told)
 
 
 def _scores_of(choice: Choice) -> Sequence[TokenLogprob | None]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client.exposition import choose_encoder
 
 from server.context import context_of
 from server.errors import unavailable
+from server.metrics_port import exposition
 from server.openapi import documented
 from server.protocol.answers import Health, Ready, Version
 
@@ -55,11 +55,4 @@ async def get_version() -> dict[str, str]:
 @router.get("/metrics", **documented(errors=(500,)), response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus' text, or OpenMetrics if asked for."""
-    registry = context_of(request).metrics.registry
-    try:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        text = encode(registry)
-    except (TypeError, ValueError):  # it compares versions, and not every text is one
-        encode, content_type = choose_encoder("")
-        text = encode(registry)
-    return Response(text, media_type=content_type)
+    return exposition(context_of(request).metrics, request.headers.get("accept", ""))

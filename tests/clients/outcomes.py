@@ -56,7 +56,7 @@ def of_the_server(url: str) -> dict[str, Any]:
     left = [
         line
         for line in lines
-        if re.match(r"disco_(requests_(in_flight|running|waiting)|engine_restarts) [^0]", line)
+        if re.match(r"disco_(requests_(in_flight|running|waiting)|engine_restarts_total) [^0]", line)
     ]
     checks = [
         {"name": "no answer of 500 and above", "error": "; ".join(faults) or None},

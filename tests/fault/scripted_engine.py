@@ -50,6 +50,9 @@ class Scripted:
         if self.open.pop(request_id, None):
             self.aborted += 1
 
+    def cut(self, request_id: str, n_tokens: int) -> None:
+        self.abort(request_id)
+
     def close(self) -> None:
         return None
 

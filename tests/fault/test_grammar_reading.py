@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.client_local import ClientBase, LocalEngine
+from engine.client_base import ClientBase
+from engine.client_local import LocalEngine
 from engine.client_worker import WorkerEngine
 from engine.config import EngineConfig
 from engine.messages import Add, Grammar, ToEngine

@@ -26,6 +26,7 @@ from engine.types import (
     StepStats,
     TokenEvent,
 )
+from server.metrics import Metrics
 
 sys.path.insert(0, str(Path(__file__).parent))  # the worker process gets it too
 from scripted_engine import BREAK_ADD, COUNT, EXIT, HANG, KILL, RAISE, REFUSE, SLOW
@@ -131,6 +132,47 @@ async def test_leaving_early_aborts(engine: WorkerEngine):
         await reader
     await read(engine, request())
     assert (last[-1].running, last[-1].preemptions) == (0, 2)  # the script counts aborts there
+
+
+async def test_a_cut_request_is_left_and_named(engine: WorkerEngine):
+    steps: list[tuple[StepStats, list[TokenEvent]]] = []
+    engine.on_step(lambda stats, events: steps.append((stats, events)))
+    stream = engine.generate(request(SLOW, 10**5, "cut"))
+    await anext(stream)
+    engine.cut("cut", 1)
+    assert [event async for event in stream] == []
+    await until(lambda: bool(steps) and steps[-1][0].running == 0)
+    named = [i for i, (stats, _) in enumerate(steps) if stats.left]
+    assert named == [len(steps) - 1] and steps[-1][0].left == ("cut",)
+    assert steps[-1][0].preemptions == 1  # the script counts cuts there, too
+
+
+async def test_counters_never_go_back(engine: WorkerEngine):
+    metrics = Metrics()
+    metrics.watch(engine, "1")
+
+    def told(name: str) -> float:
+        return metrics.registry.get_sample_value(name) or 0.0
+
+    async def abort() -> None:
+        stream = engine.generate(request(SLOW, 10**5))
+        await anext(stream)
+        await stream.aclose()
+
+    for _ in range(2):
+        await abort()
+    await read(engine, request())
+    preempted, generated = told("disco_preemptions_total"), told("disco_generated_tokens_total")
+    assert preempted == 2 and generated >= 7
+    with pytest.raises(EngineUnavailable):
+        await read(engine, request(KILL, max_tokens=9))
+    await until(lambda: engine.state == "ready")
+    assert told("disco_preemptions_total") == 2 and told("disco_generated_tokens_total") >= generated
+    assert told("disco_engine_restarts_total") == 1
+    for _ in range(3):  # as many as before it, and more: still no sum of the former life
+        await abort()
+        await read(engine, request())
+    assert told("disco_preemptions_total") == 5
 
 
 @pytest.mark.parametrize(("kind", "cause"), [(EXIT, r"exit code 7"), (KILL, r"signal 9")])

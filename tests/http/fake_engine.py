@@ -47,6 +47,7 @@ class FakeEngine:
         self.cached_tokens = 0
         self.requests: list[GenerateRequest] = []
         self.aborts = 0
+        self.cuts: list[tuple[str, int]] = []
         self.stalled, self.go_on = asyncio.Event(), asyncio.Event()
         self.restarts = 0
         self.state: EngineState = "loading"
@@ -94,6 +95,9 @@ class FakeEngine:
 
     async def check(self, request: GenerateRequest) -> None:
         validate(request, self.info)
+
+    def cut(self, request_id: str, n_tokens: int) -> None:
+        self.cuts.append((request_id, n_tokens))
 
     def on_step(self, listener: Listener) -> None:
         self._listeners.append(listener)

@@ -157,7 +157,8 @@ async def test_best_of_takes_the_best_mean_logprob(
     assert [choice["text"] for choice in answer["choices"]] == expected
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert all(choice["logprobs"] is None for choice in answer["choices"])
-    assert answer["usage"]["completion_tokens"] == 21  # all that was generated
+    assert answer["usage"]["completion_tokens"] == 6  # of the answer; the others' tokens are discarded
+    assert 'disco_discarded_tokens_total{reason="best_of"} 15.0' in (await client.get("/metrics")).text
 
 
 async def test_logprobs(client: httpx.AsyncClient, engine: FakeEngine, ids: Ids) -> None:

@@ -14,7 +14,7 @@ from http_support import events_of, listening, running
 from test_bad_input import CHAT, GOOD, check_error
 
 from engine.types import EngineUnavailable
-from server.logs import _one_line
+from server.log_lines import one_line
 
 ROUTES = [("/v1/completions", GOOD), ("/v1/chat/completions", CHAT)]
 
@@ -120,7 +120,7 @@ async def test_a_client_that_leaves_while_its_grammar_compiles_stops_that(
 
 
 def test_a_path_cannot_forge_lines_of_the_log() -> None:
-    assert _one_line("/v1/ä\n\x1b[0m") == "/v1/ä\\n\\x1b[0m"
+    assert one_line("/v1/ä\n\x1b[0m") == "/v1/ä\\n\\x1b[0m"
 
 
 async def test_our_own_fault_is_a_500_without_details(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -12,7 +12,7 @@ COUNTERS = {
     "requests": "disco_requests_total",
     "prompt tokens": "disco_prompt_tokens_total",
     "output tokens": "disco_generated_tokens_total",
-    "accepted tokens": "disco_speculation_accepted_tokens_total",
+    "accepted tokens": "disco_accepted_tokens_total",
 }
 
 

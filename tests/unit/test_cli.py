@@ -40,7 +40,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     import server.launch
 
     seen: list[Settings] = []
-    monkeypatch.setattr(server.launch, "run", lambda settings, listener: seen.append(settings))
+    monkeypatch.setattr(server.launch, "run", lambda settings, *listeners: seen.append(settings))
     return seen
 
 
@@ -255,3 +255,20 @@ def test_chat_goes_through_the_template(tiny_llama: Path) -> None:
     )
     assert encode_prompt(tokenizer, "hi", chat=None) == ids(tokenizer, "<s>user:hi</s>>")
     assert encode_prompt(tokenizer, "hi", chat=False) == ids(tokenizer, "hi")
+
+
+def test_a_metrics_port_that_is_taken_is_told_before_anything_is_loaded(served: list[Settings]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("serve", "--port", "0", "--metrics-port", str(port))
+    assert result.exit_code == 1 and f"cannot listen on 127.0.0.1:{port}" in result.stderr
+    assert served == []
+    result = run(
+        "serve", "--port", "0", "--metrics-port", "0", "--metrics-label", "a=b", "--metrics-compat", "vllm"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (served[0].metrics_label, served[0].metrics_compat) == (["a=b"], "vllm")
+    result = run("serve", "--metrics-label", "policy=x")
+    assert (
+        result.exit_code == 2 and "--metrics-label" in result.stderr and "our metrics' own" in result.stderr
+    )

@@ -46,6 +46,10 @@ class Scripted:
         self.calls.append(("abort", request_id))
         self.open.pop(request_id, None)
 
+    def cut(self, request_id: str, n_tokens: int) -> None:
+        self.calls.append((f"cut {n_tokens}", request_id))
+        self.open.pop(request_id, None)
+
     def close(self) -> None:
         return None
 
@@ -155,6 +159,32 @@ async def test_leaving_early_aborts_and_frees_the_id_at_once():
     await stream.aclose()
     assert [event.token_ids for event in await read(engine, request("r"))] == [(k,) for k in range(5)]
     assert made.engine.calls == [("add", "r"), ("abort", "r"), ("add", "r")]
+    await engine.close()
+
+
+async def test_a_cut_ends_the_iteration_and_the_engine_says_when_nothing_more_comes():
+    made = Recorded()
+    engine = LocalEngine(CONFIG, made)
+    steps: list[tuple[StepStats, list[TokenEvent]]] = []
+    engine.on_step(lambda stats, events: steps.append((stats, events)))
+    await engine.start()
+    stream = engine.generate(request("r", max_tokens=10**5))
+    first = await anext(stream)
+    time.sleep(0.02)  # steps that the reader has not heard of
+    engine.cut("r", len(first.token_ids))
+    engine.cut("r", 1)  # it is no longer open
+    engine.cut("unknown", 1)
+    for _ in range(10**5):  # what came before the cut may still be read
+        if await anext(stream, None) is None:
+            break
+    else:
+        pytest.fail("the iteration goes on")
+    assert len(await read(engine, request("r"))) == 5  # its id is free
+    assert made.engine.calls == [("add", "r"), ("cut 1", "r"), ("add", "r")]
+    (last,) = (i for i, (stats, _) in enumerate(steps) if stats.left == ("r",))
+    of_both = [event.token_ids[0] for _, events in steps for event in events]
+    cut_at = sum(len(events) for _, events in steps[: last + 1])
+    assert of_both[:cut_at] == list(range(cut_at)) and of_both[cut_at:] == list(range(5))
     await engine.close()
 
 

@@ -45,6 +45,8 @@ def test_the_wheel_holds_every_module_of_ours_and_no_other(wheel: Path) -> None:
     }
     assert {name for name in inside if name.endswith(".py")} == modules
     assert {name.split("/")[0] for name in inside} == set(PACKAGES)
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "server" / "page").iterdir()}
+    assert page and page <= inside
 
 
 def test_every_folder_with_modules_is_a_package() -> None:

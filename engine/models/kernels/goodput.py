@@ -2,7 +2,8 @@
 
 The plain torch that they must agree with is in `engine/speculation/policies/goodput.py`, which see for
 what it all means. Scalars are loaded once for every row: a lane each, no reduction. `edges` divide the
-temperatures into classes; what is learned lies by class, [C, ...].
+temperatures into classes; what is learned lies by class, [C, ...]. `n` rows of a power of two: batches
+of any size below must compile nothing of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _kind(temperatures, slot, mask, EDGES: tl.constexpr):
     return kind
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _decide(
     alive, mine, largest, step_at, slots, temperatures, logs, chance, bounds, draft_price, verify_price,
     rows_at, keep, logs_stride, chance_stride, top_m, top_tokens, n, EDGES: tl.constexpr,
@@ -86,7 +87,7 @@ def _best(worth, able, i, m, price):
     return tl.where(able, tl.where(m <= chosen, 1, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _limit(
     mine, slots, temperatures, own, draft, verify, rate_at, rows_at, pooled, since_at, draft_price,
     verify_price, answer, top_m, top_tokens, n, EDGES: tl.constexpr,
@@ -151,7 +152,7 @@ def _bare(rows, verify, top_tokens):
     return tl.where(cost > 0, rows / tl.maximum(cost, 1e-9), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _observe(
     mine, slots, temperatures, drafted, accepted, own, logs, seen, good, chance, prior, pooled,
     logs_stride, places, n, EDGES: tl.constexpr,

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from engine.sequence import Sequence
-from engine.speculation.control import PolicyTable
+from engine.speculation.control import PolicyTable, powers_of_two
 from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
 from engine.speculation.features import TOP
 from engine.speculation.ngrams import NgramIndex
@@ -36,14 +36,18 @@ class NgramDrafter:
         return None
 
     def warm(self, table: PolicyTable, policy: str, rows: int) -> None:
-        """Asks the policy once on a GPU, if it can govern this drafter: that compiles."""
+        """Asks the policy on a GPU, if it can govern this drafter, for every number of rows that compiles."""
         if self._device.type != "cuda" or not table.serves(policy):
             return
         request = GenerateRequest(id="", prompt_ids=(1, 2, 1, 2, 1), params=SamplingParams())
-        seq = Sequence(request, 0, True, "ngram", policy, options_of(policy, {}), 2)
-        table.take(seq)
-        self.draft([seq], [2], table)
-        table.give_back(seq)
+        for size in powers_of_two(min(rows, 64)):
+            options = options_of(policy, {})
+            seqs = [Sequence(request, 0, True, "ngram", policy, options, 2) for _ in range(size)]
+            for seq in seqs:
+                table.take(seq)
+            self.draft(seqs, [2] * size, table)
+            for seq in seqs:
+                table.give_back(seq)
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         begin = time.perf_counter()

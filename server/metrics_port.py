@@ -1,0 +1,69 @@
+"""/metrics as text, and on a port of its own: `--metrics-port`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from server.metrics import Metrics
+
+_LAST_SECONDS = 1  # for a scrape under way at the end
+
+
+def exposition(metrics: Metrics, accept: str) -> Response:
+    """Everything in Prometheus' text, or in OpenMetrics if the `accept` header asks for that."""
+    try:
+        encode, content_type = choose_encoder(accept)
+        text = encode(metrics)
+    except (TypeError, ValueError):  # it compares versions, and not every text is one
+        encode, content_type = choose_encoder("")
+        text = encode(metrics)
+    return Response(text, media_type=content_type)
+
+
+@asynccontextmanager
+async def also_on(listener: socket.socket | None, metrics: Metrics) -> AsyncIterator[None]:
+    """Serves /metrics, and nothing else, on the bound socket meanwhile; None serves nothing."""
+    if listener is None:
+        yield
+        return
+
+    async def answer(request: Request) -> Response:
+        return exposition(metrics, request.headers.get("accept", ""))
+
+    app = Starlette(routes=[Route("/metrics", answer)])
+    server = _Beside(
+        uvicorn.Config(
+            app,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=_LAST_SECONDS,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
+class _Beside(uvicorn.Server):
+    """A server that leaves signals to the one that it stands beside."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,196 @@
+"""Requests of every kind, some of them left in the middle, and what their answers say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time there was a river that",
+    "def add(a, b):\n",
+    "one two three one two three one two three one",
+)
+SPECULATION: tuple[dict[str, Any] | None, ...] = (
+    None,
+    {"drafter": "none"},
+    {"drafter": "model", "policy": "static", "options": {"sl": 3}},
+    {"drafter": "model", "policy": "heuristic"},
+    {"drafter": "model", "policy": "confidence"},
+    {"drafter": "ngram", "policy": "static", "options": {"sl": 4}},
+    {"drafter": "model", "policy": "goodput"},
+    {"drafter": "model", "policy": "static", "max_sl": 0},
+)
+STOPS = ((" the",), ("e",), (" a", "\n"), ("th", "an"), (",",))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request. `leave_after`: parts of a stream, or seconds of a whole answer, after which it is left."""
+
+    path: str
+    body: dict[str, Any]
+    leave_after: float | None = None
+    lost: int = 0  # tokens of candidates that lose, known beforehand
+
+
+@dataclass
+class Told:
+    """What the answers said, in sum."""
+
+    answers: int = 0
+    left: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    sequences: int = 0
+    finish: Counter[str] = field(default_factory=Counter)
+    speculation: Counter[tuple[str, ...]] = field(default_factory=Counter)  # by figure, drafter, policy
+    faults: list[str] = field(default_factory=list)
+
+
+def mix(
+    count: int, model: str, tokens: int, long: int, bias: dict[str, float] | None = None, seed: int = 0
+) -> list[Ask]:
+    """So many requests of all kinds: about `tokens` tokens each, `long` those that will be left.
+
+    `bias`: logit_bias of those with stop strings, for a model that would not say them.
+    """
+    source = random.Random(seed)
+    return [_ask(i, model, tokens, long, bias, source) for i in range(count)]
+
+
+def whole(asks: Sequence[Ask]) -> list[Ask]:
+    """Those of which every token reaches its answer, and every figure of speculation."""
+    return [ask for ask in asks if ask.leave_after is None and not ask.lost and "stop" not in ask.body]
+
+
+def _ask(
+    i: int, model: str, tokens: int, long: int, bias: dict[str, float] | None, source: random.Random
+) -> Ask:
+    prompt = source.choice(PROMPTS)
+    chat = i % 3 == 1
+    body: dict[str, Any] = {"model": model, "max_tokens": source.randrange(1, 2 * tokens), "seed": i}
+    body |= {"temperature": source.choice((0, 0, 0.8, 1.0))}
+    if (speculation := SPECULATION[i % len(SPECULATION)]) is not None:
+        body["speculation"] = speculation
+    body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    if source.random() < 0.5:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    kind = source.randrange(10)
+    if kind == 7:
+        return _response(body, prompt)
+    if kind < 3:
+        body["stop"] = list(source.choice(STOPS))
+        body["max_tokens"] = 2 * tokens
+        body |= {"logit_bias": bias} if bias else {}
+    if kind in (2, 4):
+        body["n"] = source.choice((2, 3))
+    if kind == 5 and not chat:
+        n, best = source.choice(((1, 2), (1, 3), (2, 3)))
+        body |= {"n": n, "best_of": best, "ignore_eos": True, "stream": False}
+        body.pop("stream_options", None)
+        return Ask(path, body, lost=(best - n) * body["max_tokens"])
+    if kind == 6 and not chat:
+        body["echo"] = True
+    if kind >= 8:  # it is left
+        body |= {"max_tokens": long, "ignore_eos": True, "n": source.choice((1, 1, 2))}
+        return Ask(path, body, leave_after=source.choice((0, 1, 3, 5)) if "stream" in body else 0.3)
+    return Ask(path, body)
+
+
+def _response(body: dict[str, Any], prompt: str) -> Ask:
+    """The same for the Responses API, which has no choices, no seed and its usage without being asked."""
+    kept = {name: body[name] for name in ("model", "temperature", "stream", "speculation") if name in body}
+    return Ask("/v1/responses", kept | {"input": prompt, "max_output_tokens": body["max_tokens"]})
+
+
+async def ask_all(client: httpx.AsyncClient, asks: Sequence[Ask], at_once: int) -> Told:
+    """Asks all of them, at most so many at a time."""
+    told, turns = Told(), asyncio.Semaphore(at_once)
+
+    async def one(ask: Ask) -> None:
+        async with turns:
+            await _one(client, ask, told)
+
+    await asyncio.gather(*(one(ask) for ask in asks))
+    return told
+
+
+async def _one(client: httpx.AsyncClient, ask: Ask, told: Told) -> None:
+    if ask.body.get("stream"):
+        await _stream(client, ask, told)
+        return
+    try:
+        answer = await asyncio.wait_for(client.post(ask.path, json=ask.body), ask.leave_after)
+    except TimeoutError:
+        told.left += 1
+        return
+    if answer.status_code != 200:
+        told.faults.append(f"{answer.status_code} {answer.text[:300]}")
+        return
+    body = answer.json()
+    if ask.path == "/v1/responses":
+        _responded(told, body)
+        return
+    _answered(told, body["usage"], [choice["finish_reason"] for choice in body["choices"]])
+    _speculated(told, body["speculation"])
+
+
+async def _stream(client: httpx.AsyncClient, ask: Ask, told: Told) -> None:
+    usage, reasons, parts = None, [], 0
+    async with client.stream("POST", ask.path, json=ask.body) as answer:
+        async for part in _parts(answer):
+            if ask.leave_after is not None and parts >= ask.leave_after:
+                told.left += 1
+                return
+            parts += 1
+            if part.get("type") in ("response.completed", "response.incomplete"):
+                _responded(told, part["response"])
+                return
+            if part.get("type", "").startswith("response."):
+                continue
+            if "error" in part or part.get("type") == "error":
+                told.faults.append(str(part))
+                return
+            usage = part.get("usage") or usage
+            reasons += [choice["finish_reason"] for choice in part["choices"] if choice["finish_reason"]]
+            if "speculation" in part:
+                _speculated(told, part["speculation"])
+    if usage is None:
+        told.faults.append(f"a stream without usage: {ask}")
+        return
+    _answered(told, usage, reasons)
+
+
+async def _parts(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in answer.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def _answered(told: Told, usage: dict[str, Any], reasons: list[str]) -> None:
+    told.answers += 1
+    told.prompt_tokens += usage["prompt_tokens"] * len(reasons)  # each sequence reads the prompt
+    told.tokens += usage["completion_tokens"]
+    told.sequences += len(reasons)
+    told.finish.update(reasons)
+
+
+def _responded(told: Told, response: dict[str, Any]) -> None:
+    usage = response["usage"]
+    counts = {"prompt_tokens": usage["input_tokens"], "completion_tokens": usage["output_tokens"]}
+    _answered(told, counts, ["length" if response["status"] == "incomplete" else "stop"])
+    _speculated(told, response["speculation"])
+
+
+def _speculated(told: Told, speculation: dict[str, Any]) -> None:
+    for figure in ("iterations", "drafted", "accepted"):
+        told.speculation[figure, speculation["drafter"], speculation["policy"]] += speculation[figure]
