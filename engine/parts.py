@@ -9,11 +9,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
 from engine.config import EngineConfig
+from engine.free_memory import free_memory
 from engine.grammar import Grammars, vocabulary
 from engine.kv.blocks import BlockManager
 from engine.kv.pool import LayerShape, bytes_per_block
@@ -244,7 +244,7 @@ def _count_blocks(
         blocks, origin = config.kv_blocks, "as configured"
     else:
         on_gpu = device.type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+        free = free_memory(device)
         fraction = config.memory_fraction or (0.9 if on_gpu else 0.25)
         blocks = min(int(free * fraction) // size, config.max_num_seqs * longest)
         origin = (

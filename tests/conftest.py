@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("DISCO_") and name != "DISCO_CACHE":
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Commands that are run in a test set up logging to a stderr that ends with them."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(False)
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in before and not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from classifiers.distill.options import DistillError
 from classifiers.distill.text import Text, layout
+from engine.free_memory import free_memory
 
 _SHARE = 0.7  # of the free memory, for hidden states
 _ROWS = 64  # of a pass
@@ -31,6 +31,8 @@ class Teacher:
         rows, length = text.tokens.shape
         size = rows * length * self.weight.shape[1] * self.weight.element_size()
         self._kept: Tensor | None = None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
         if size <= _SHARE * free_memory(model.device):
             self._kept = self.weight.new_empty(rows, length, self.weight.shape[1])
             for start in range(0, rows, _ROWS):
@@ -75,11 +77,3 @@ def check_head(model: PreTrainedModel) -> None:
         raise DistillError(
             f"{type(model).__name__} changes its logits after the head; it cannot teach a draft"
         )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -138,6 +138,9 @@ def _checked_directory(path: Path) -> Path:
                 "code and are not loaded; convert them to safetensors first"
             )
         raise ModelNotFound(f"model directory {str(path)!r} has no *.safetensors{_hint(path)}")
+    for file in path.iterdir():
+        if not os.access(file, os.R_OK):
+            raise ModelError(f"{str(file)!r} cannot be read: permission denied")
     return path
 
 
@@ -254,6 +257,9 @@ def _convert(gguf: Path, directory: Path) -> None:
             raise ModelError(f"GGUF file {gguf.name!r} cannot be loaded: {what}") from error
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+    mode = (directory / "config.json").stat().st_mode
+    for weights in directory.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod(mode)
 
 
 def _gguf_of_wheel(alias: Alias, directory: Path) -> Path:

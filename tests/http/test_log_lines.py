@@ -77,19 +77,9 @@ async def test_a_long_name_is_cut(client: httpx.AsyncClient, written: Callable[[
     assert len(named["model"]) == 256 and len(path["path"]) == 256
 
 
-@pytest.fixture
-def logging_restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
 @pytest.mark.parametrize("kind", ["text", "json"])
 def test_all_that_is_said_at_start_is_in_the_format(
-    logging_restored: None, capsys: pytest.CaptureFixture[str], kind: LogFormat
+    capsys: pytest.CaptureFixture[str], kind: LogFormat
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("default")

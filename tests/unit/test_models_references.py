@@ -203,6 +203,7 @@ def test_a_gguf_file_is_converted_once_and_keeps_its_numbers(
     tensors = write_gguf(path, make_tokenizer((("a", "b"),)))
     directory = resolve(str(path))
     assert isinstance(directory, Path) and directory.parent == tmp_path / "cache" / "models"
+    assert len({file.stat().st_mode for file in directory.iterdir()}) == 1, "weights for their owner alone"
 
     def again(*_: Any) -> None:
         raise AssertionError("converted twice")
@@ -267,3 +268,13 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     references._build("model", lambda directory: None)
     assert not left.exists()
+
+
+def test_weights_that_may_not_be_read_are_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    monkeypatch.setattr(references.os, "access", lambda file, mode: file.suffix == ".json")
+    with pytest.raises(ModelError, match=r"model\.safetensors.*permission denied"):
+        resolve(str(tmp_path))
