@@ -80,10 +80,13 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
         title="disco-serve", version=ops.product_version(), lifespan=lifespan, redirect_slashes=False
     )
     app.state.context = context
-    for routes in (completions, chat, responses, tokens, models, ops):
-        app.include_router(routes.router)
+    routers = [each.router for each in (completions, chat, responses, tokens, models, ops)]
+    for router in routers:
+        app.include_router(router)
     if settings.page:
         app.include_router(page.router)
+    context.metrics.limit.set(settings.max_num_seqs)
+    context.metrics.expect(route.path for router in routers for route in router.routes)
     errors.install(app)
     openapi.install(app, model=settings.served_model_name[0], keys=bool(settings.api_key))
     _add_layers(app, context, spans)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import Metric
@@ -27,6 +27,7 @@ class Metrics(Collector):
     def __init__(self, labels: Mapping[str, str] | None = None, vllm_model: str | None = None) -> None:
         self.registry = CollectorRegistry()
         self._labels = dict(labels or {})
+        self.plain_names = vllm_model is None  # OpenMetrics writes no colons
         self._views: list[Collector] = [self.registry]
         if vllm_model is not None:
             self._views.append(VllmNames(self.registry, vllm_model))
@@ -38,6 +39,7 @@ class Metrics(Collector):
         self.requests = counter("requests_total", "Sequences ended, by outcome", "outcome")
         for outcome in ("stop", "length", "abort", "error"):
             self.requests.labels(outcome)  # told as 0
+        self.limit = Gauge("disco_requests_limit", "Sequences that may run at once", registry=self.registry)
         self.in_flight = Gauge(
             "disco_requests_in_flight", "Sequences that the server waits for", registry=self.registry
         )
@@ -45,6 +47,12 @@ class Metrics(Collector):
         self.ledger = Ledger(self.registry)
         self.times = Times(self.registry)
         self.speculation = Speculation(self.registry)
+
+    def expect(self, routes: Iterable[str]) -> None:
+        """Tells failures of these routes' templates as 0, so that a rate sees the first ones too."""
+        for route in (*routes, "unmatched"):
+            for status in ("500", "503"):
+                self.http_requests.labels(route, status)
 
     def watch(self, engine: EngineClient, version: str) -> None:
         """Follows this engine's steps and state; `version` is the server's."""

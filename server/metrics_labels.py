@@ -19,6 +19,8 @@ def constant_labels(given: Sequence[str]) -> dict[str, str]:
         name, separator, value = each.partition("=")
         if not separator or not value:
             raise ValueError(f"{each!r} is not NAME=VALUE")
+        if not value.isprintable():
+            raise ValueError(f"the value of label {name!r} is not printable")
         if not _LABEL.fullmatch(name):
             raise ValueError(f"{name!r} is not a label's name: letters, digits and _, not a digit first")
         if name in _TAKEN:

@@ -21,9 +21,12 @@ _LAST_SECONDS = 1  # for a scrape under way at the end
 
 
 def exposition(metrics: Metrics, accept: str) -> Response:
-    """Everything in Prometheus' text, or in OpenMetrics if the `accept` header asks for that."""
+    """Everything in Prometheus' text, or in OpenMetrics if the `accept` header asks for that.
+
+    vLLM's names have colons, which OpenMetrics would write as underscores: they are told as text always.
+    """
     try:
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = choose_encoder(accept if metrics.plain_names else "")
         text = encode(metrics)
     except (TypeError, ValueError):  # it compares versions, and not every text is one
         encode, content_type = choose_encoder("")

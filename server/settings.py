@@ -33,8 +33,16 @@ def is_web_url(text: str) -> bool:
         return False
 
 
+def _some(value: Any) -> Any:
+    """As `_listed`; an empty variable is no way to say that there are none."""
+    listed = _listed(value)
+    if isinstance(value, str) and not listed:
+        raise ValueError("is empty: leave it unset to have none")
+    return listed
+
+
 Strings = Annotated[list[str], NoDecode, BeforeValidator(_listed)]
-Secrets = Annotated[list[SecretStr], NoDecode, BeforeValidator(_listed)]
+Secrets = Annotated[list[SecretStr], NoDecode, BeforeValidator(_some)]
 
 
 class Settings(BaseSettings):
@@ -119,6 +127,19 @@ class Settings(BaseSettings):
         if name not in known:
             raise ValueError(f"unknown tool format '{name}'; known are {', '.join(known)}")
         return name
+
+    @field_validator("api_key")
+    @classmethod
+    def _no_empty_key(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        if any(not key.get_secret_value().strip() for key in keys):
+            raise ValueError("a key is empty")
+        return keys
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> Settings:
+        if self.metrics_port == self.port and self.port:
+            raise ValueError(f"--metrics-port: {self.port} is the API's port, where /metrics is already")
+        return self
 
     @field_validator("metrics_label")
     @classmethod

@@ -50,6 +50,8 @@ _SELDOM = 60.0  # seconds between complaints about a collector
 def exporter_to(url: str) -> SpanExporter:
     """Sends spans to `url` from a thread; headers, TLS, timeout and compression by OTEL_EXPORTER_OTLP_*."""
     _complaints.setLevel(logging.ERROR)  # that it tries again is no news
+    for name in ("trace", "propagators", "propagate", "baggage", "context"):
+        logging.getLogger(f"opentelemetry.{name}").setLevel(logging.ERROR)  # they quote clients' headers
     if not any(isinstance(each, _Seldom) for each in _complaints.filters):
         _complaints.addFilter(_Seldom())
     return OTLPSpanExporter(endpoint=url)

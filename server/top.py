@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +12,11 @@ import typer
 from server.flags import fail
 
 if TYPE_CHECKING:
-    import httpx
     from rich.console import Console, RenderableType
+
+_PATIENCE = 10.0  # seconds for one look at the server, at least
+_LARGEST = 1 << 22  # bytes of an answer
+_SHOWN = 300  # characters of what is said
 
 
 def top(
@@ -33,22 +38,22 @@ def top(
 
     Ctrl-C ends it.
     """
-    import httpx
     from rich.console import Console
+
+    from server.bench.told import without_userinfo
 
     root = url.rstrip("/").removesuffix("/v1")
     console = Console()
     try:
-        with httpx.Client(timeout=max(2.0, interval), trust_env=False) as client:
-            watched = Watched(client, root, metrics_url or f"{root}/metrics", window)
+        with Watched(root, metrics_url or f"{root}/metrics", window, interval) as watched:
             if once:
                 _once(watched, console, interval)
             elif console.is_terminal:
                 _live(watched, console, interval)
             else:
                 fail("top: stdout is no terminal; --once prints a single frame", code=2)
-    except httpx.InvalidURL as error:
-        fail(f"--url {url!r}: {error}", code=2)
+    except BadURL:
+        fail(f"--url {without_userinfo(url)!r} or --metrics-url is not a URL", code=2)
     except KeyboardInterrupt:
         pass
 
@@ -56,41 +61,86 @@ def top(
 class Unreachable(Exception):
     """Nobody answers, or not as a metrics page does."""
 
+    def __init__(self, message: str) -> None:
+        from server.bench.told import visible
+
+        super().__init__(visible(message[:_SHOWN]))
+
+
+class BadURL(Exception):
+    """A URL that nobody can be asked at."""
+
 
 class Watched:
-    """A server that is asked again and again; what it said lies in a window of pages."""
+    """A server that is asked again and again; what it said lies in a window of pages. Close it by `with`."""
 
-    def __init__(self, client: httpx.Client, url: str, metrics: str, window: float) -> None:
-        from server.top_page import Window
-
-        self._client, self._metrics = client, metrics
-        self.url, self.window = url, Window(window)
-
-    def look(self) -> str:
-        """Asks for the metrics and the health; the latter in words. Raises Unreachable, NotOurs."""
+    def __init__(self, url: str, metrics: str, window: float, interval: float) -> None:
         import httpx
 
+        from server.bench.told import without_userinfo
+        from server.top_page import Window
+
+        self._asked, self._metrics, self._patience = url, metrics, max(_PATIENCE, 2 * interval)
+        self.url, self.window = without_userinfo(url), Window(window)
+        self._runner = asyncio.Runner()
+        self._client = httpx.AsyncClient(timeout=max(2.0, interval), trust_env=False)
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._runner:
+            self._runner.run(self._client.aclose())
+
+    def look(self) -> str:
+        """Asks for the metrics and the health; the latter in words. Raises Unreachable, NotOurs, BadURL."""
+        return self._runner.run(self._look())
+
+    async def _look(self) -> str:
+        import httpx
+
+        from server.bench.told import without_userinfo
         from server.top_page import Page
 
         try:
-            answer = self._client.get(self._metrics)
-            if answer.status_code != 200:
-                raise Unreachable(f"{self._metrics} answers HTTP {answer.status_code}")
-            self.window.add(Page(answer.text, time.monotonic()))
-            health = self._client.get(f"{self.url}/health")
-        except httpx.TransportError as error:
+            async with asyncio.timeout(self._patience):  # httpx's is of each byte
+                status, text = await self._get(self._metrics)
+                if status != 200:
+                    raise Unreachable(f"{without_userinfo(self._metrics)} answers HTTP {status}")
+                self.window.add(Page(text, time.monotonic()))
+                return _health(*await self._get(f"{self._asked}/health"))
+        except TimeoutError as error:
+            raise Unreachable(f"no whole answer within {self._patience:g} s") from error
+        except httpx.DecodingError as error:
+            raise Unreachable(f"the answer cannot be read: {error or type(error).__name__}") from error
+        except httpx.HTTPError as error:
             raise Unreachable(f"unreachable: {error or type(error).__name__}") from error
-        return _health(health)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise BadURL from error
+
+    async def _get(self, url: str) -> tuple[int, str]:
+        """Status and text."""
+        found = bytearray()
+        async with self._client.stream("GET", url) as answer:
+            async for piece in answer.aiter_bytes():
+                found += piece
+                if len(found) > _LARGEST:
+                    raise Unreachable(f"the answer cannot be read: it has over {_LARGEST} bytes")
+            return answer.status_code, found.decode(errors="replace")
 
 
-def _health(answer: httpx.Response) -> str:
+def _health(status: int, text: str) -> str:
+    from server.bench.told import visible
+
     try:
-        found = answer.json()
-        if answer.status_code == 200:
-            return f"{found['engine']}, {found['restarts']} restarts"
-        return str(found["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"/health answers HTTP {answer.status_code}"
+        found = json.loads(text)
+        if status == 200:
+            said = f"{found['engine']}, {found['restarts']} restarts"
+        else:
+            said = str(found["error"]["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"/health answers HTTP {status}"
+    return visible(said[:_SHOWN])
 
 
 def _once(watched: Watched, console: Console, interval: float) -> None:

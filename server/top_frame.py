@@ -55,11 +55,11 @@ def _now(window: Window) -> Table:
         f"{name.replace('_', ' ')} {_count(page.value(f'requests_{name}'))}"
         for name in ("running", "waiting", "in_flight")
     )
-    table.add_row("requests", f"{open_now}; ended: {outcomes or 'none'}")
+    table.add_row("requests", escape(f"{open_now}; ended: {outcomes or 'none'}"))
     table.add_row(
         "tokens/s",
         f"generated {_number(window.rate('generated_tokens_total'), '.1f')}, "
-        f"prompts {_number(window.rate('prompt_tokens_total'), '.1f')}; discarded: {lost or 'none'}",
+        f"prompts {_number(window.rate('prompt_tokens_total'), '.1f')}; discarded: {escape(lost) or 'none'}",
     )
     used, blocks = page.value("kv_blocks_used"), page.value("kv_blocks")
     hits = window.ratio("prefix_cache_hit_tokens_total", "prefix_cache_queried_tokens_total")
@@ -112,8 +112,8 @@ def _reasons(window: Window) -> Table:
         }
         whole = sum(own.values())
         shares = sorted(own.items(), key=lambda item: -item[1])
-        text = ", ".join(f"{reason} {count / whole:.0%}" for reason, count in shares)
         if whole:
+            text = ", ".join(f"{reason} {count / whole:.0%}" for reason, count in shares)
             table.add_row("drafting ended by", escape(f"{policy}, {drafter}: {text}"))
     return table
 

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.bench.told import visible
+
 Labels = Mapping[str, str]
+_MOST = 1e18  # that a sample of ours can be
 
 
 class NotOurs(ValueError):
-    """The page is no metrics of disco-serve."""
+    """The page is no metrics of disco-serve, or cannot be read."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message[:300]))
 
 
 class Page:
@@ -25,11 +31,21 @@ class Page:
         try:
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
-                    self._samples[sample.name][frozenset(sample.labels.items())] = sample.value
-        except ValueError as error:
-            raise NotOurs(f"not a page of metrics: {error}") from error
+                    if sample.name.startswith("disco_"):
+                        self._add(sample.name, sample.labels, sample.value)
+        except NotOurs:
+            raise
+        except Exception as error:  # the parser raises what it comes upon
+            raise NotOurs(f"not a page of metrics: {error or type(error).__name__}") from error
         if "disco_engine_up" not in self._samples:
             raise NotOurs("no metrics of disco-serve on this page (there is no disco_engine_up)")
+
+    def _add(self, name: str, labels: Labels, value: float) -> None:
+        if not abs(value) <= _MOST:
+            raise NotOurs(f"these metrics cannot be read: {name} is {value}")
+        if name.endswith("_bucket") and math.isnan(_bound(labels.get("le", ""))):
+            raise NotOurs(f"these metrics cannot be read: {name} has a bound {labels.get('le')!r}")
+        self._samples[name][frozenset((key, visible(text)) for key, text in labels.items())] = value
 
     def samples(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
         """Labels and values of a name, without its prefix."""
@@ -172,6 +188,14 @@ def quantile(buckets: list[tuple[float, float]], share: float) -> float:
             return low + (bound - low) * (rank - below) / (count - below)
         low, below = bound, count
     return math.inf
+
+
+def _bound(text: str) -> float:
+    """Of a bucket; NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _ratio(part: float, whole: float) -> float | None:

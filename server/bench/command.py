@@ -62,7 +62,7 @@ def bench(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of synthetic prompts and of arrivals.")] = 0,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Processes that send.")] = 1,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without any byte.")] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Seconds without any byte, at most a day.")] = 300.0,
     api_key: Annotated[
         str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="Is never shown.")
     ] = None,
@@ -142,7 +142,7 @@ def _extra(text: str | None, policy: str | None, drafter: str | None) -> dict[st
     """The fields of --extra-body, and `speculation` if a flag asks for it."""
     try:
         found = {} if text is None else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"--extra-body: not JSON: {error}", code=2)
     if not isinstance(found, dict):
         fail("--extra-body: a JSON object is wanted", code=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,13 @@ from typing import Any
 import httpx
 import msgspec
 
+from server.bench.told import BadFigure, count_of, speculation_of, visible
+
 _SHOWN = 500  # characters of an error that are kept
+_LONGEST = 1 << 24  # bytes of a line
+_LONGEST_ERROR = 1 << 16  # bytes of an error's answer
+_MOST_IN_CHUNK = 10_000  # tokens
+_LONGEST_RETRY = 1e6  # seconds
 _STREAMS = ("text/event-stream", "text/plain", "")  # some do not name theirs
 
 
@@ -87,11 +93,13 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 async def exchange(
-    client: httpx.AsyncClient, request: httpx.Request, number: int, due: float | None = None
+    client: httpx.AsyncClient, make: Callable[[], httpx.Request], number: int, due: float | None = None
 ) -> Record:
-    """Sends a request and reads its stream to the end. Failures are in the record, not raised."""
+    """Sends what `make` gives and reads its stream to the end. Failures are in the record, not raised."""
     reader = _Reader(Record(number, sent=time.monotonic(), due=due))
     try:
+        request = make()
+        reader.record.sent = time.monotonic()
         async with aclosing(await client.send(request, stream=True)) as response:
             await _expect_stream(response)
             async for data in _events(response):
@@ -105,6 +113,10 @@ async def exchange(
         reader.failed("connect", f"{type(error).__name__}: {error}")
     except httpx.HTTPError as error:
         reader.failed("broke off", f"{type(error).__name__}: {error}")
+    except BadFigure as error:
+        reader.failed("bad figure", str(error))
+    except Exception as error:  # whatever it is, it is this request's alone
+        reader.failed(type(error).__name__, f"{type(error).__name__}: {error}")
     reader.record.ended = time.monotonic()
     return reader.record
 
@@ -114,7 +126,12 @@ async def _expect_stream(response: httpx.Response) -> None:
     kind = response.headers.get("content-type", "")
     if response.status_code == 200 and kind.partition(";")[0] in _STREAMS:
         return
-    text = (await response.aread()).decode(errors="replace")[:_SHOWN]
+    body = b""
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > _LONGEST_ERROR:
+            break
+    text = _shown(body)
     if response.status_code == 200:
         raise Failure("not a stream", f"content-type {kind!r}: {text}")
     retry = _seconds(response.headers.get("retry-after"))
@@ -123,7 +140,7 @@ async def _expect_stream(response: httpx.Response) -> None:
 
 def _seconds(text: str | None) -> float | None:
     """Of a Retry-After; its other form, a date, is not waited for."""
-    return float(text) if text is not None and text.strip().isdecimal() else None
+    return min(float(text), _LONGEST_RETRY) if text is not None and text.strip().isdecimal() else None
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
@@ -131,6 +148,8 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
     rest, done = b"", False
     async for piece in response.aiter_raw():  # to its end, or the connection could not be used again
         *lines, rest = (rest + piece).split(b"\n")
+        if len(rest) > _LONGEST:
+            raise Failure("not a chunk", f"a line of over {_LONGEST} bytes: {_shown(rest)}")
         for line in lines:
             name, _, data = line.partition(b":")
             data = data.strip()
@@ -156,26 +175,31 @@ class _Reader:
 
     def read(self, data: bytes) -> None:
         """One chunk that comes now. Raises Failure for one that is none, or reports an error."""
-        now, record = time.monotonic(), self.record
+        now = time.monotonic()
         try:
             chunk = _decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise Failure("not a chunk", f"not a chunk ({error}): {_shown(data)}") from error
         if chunk.error is not None or (chunk.choices is None and chunk.usage is None):
             raise Failure("error in stream", f"an error in the stream: {_shown(data)}")
+        try:
+            self._take(chunk, now)
+        except BadFigure as error:
+            raise Failure("bad figure", f"{error}: {_shown(data)}") from error
+
+    def _take(self, chunk: _Chunk, now: float) -> None:
+        record = self.record
         self._usage = chunk.usage or self._usage
         if isinstance(chunk.speculation, dict):
-            record.speculation.append(chunk.speculation)
-        elif isinstance(chunk.timings, dict) and "draft_n" in chunk.timings:
-            timings = chunk.timings
-            record.speculation.append(
-                {"drafted": timings["draft_n"], "accepted": timings.get("draft_n_accepted", 0)}
-            )
+            record.speculation.append(speculation_of(chunk.speculation))
+        elif isinstance(chunk.timings, dict) and (drafted := count_of(chunk.timings, "draft_n")) is not None:
+            accepted = count_of(chunk.timings, "draft_n_accepted") or 0
+            record.speculation.append({"drafted": drafted, "accepted": accepted})
         choices = chunk.choices or []
         for choice in choices:
             record.finish_reason = choice.finish_reason or record.finish_reason
         if any(choice.has_output() for choice in choices):
-            self._output(now, _count(chunk.usage, "completion_tokens"))
+            self._output(now, count_of(chunk.usage, "completion_tokens"))
         elif choices and record.finish_reason is not None:
             self._finished = now
 
@@ -190,7 +214,9 @@ class _Reader:
         gap, record.last = now - record.last, now
         if told is None:
             record.gaps.append(gap)
-        elif (new := told - self._told) > 0:  # a gap of N tokens is N gaps of gap/N
+        elif (new := told - self._told) > _MOST_IN_CHUNK:
+            raise BadFigure(f"completion_tokens grew by over {_MOST_IN_CHUNK} in one chunk")
+        elif new > 0:  # a gap of N tokens is N gaps of gap/N
             record.gaps += [gap / new] * new
             self._told = told
         elif record.gaps:  # text that was held back: its token was counted before
@@ -203,8 +229,8 @@ class _Reader:
             if self._finished is None:
                 raise Failure("no output", "no chunk with a choice")
             record.first = record.last = self._finished  # the answer is empty: its end was all there was
-        tokens = _count(self._usage, "completion_tokens")
-        record.prompt_tokens = _count(self._usage, "prompt_tokens")
+        tokens = count_of(self._usage, "completion_tokens")
+        record.prompt_tokens = count_of(self._usage, "prompt_tokens")
         record.tokens = record.chunks if tokens is None else tokens
         record.counted = "chunks" if tokens is None else "usage"
         if not record.speculation and self._usage is not None:
@@ -213,19 +239,14 @@ class _Reader:
     def failed(self, kind: str, message: str, retry_after: float | None = None) -> None:
         """Marks the record; what came until then stays in it."""
         record = self.record
-        record.error, record.message, record.retry_after = kind, message[:_SHOWN], retry_after
-
-
-def _count(usage: Mapping[str, Any] | None, name: str) -> int | None:
-    value = None if usage is None else usage.get(name)
-    return value if isinstance(value, int) else None
+        record.error, record.message, record.retry_after = kind, visible(message[:_SHOWN]), retry_after
 
 
 def _predictions(usage: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Drafted and accepted tokens of usage, where a server tells them there."""
     details = usage.get("completion_tokens_details")
     accepted, rejected = (
-        _count(details if isinstance(details, dict) else None, f"{name}_prediction_tokens")
+        count_of(details if isinstance(details, dict) else None, f"{name}_prediction_tokens")
         for name in ("accepted", "rejected")
     )
     if not accepted and not rejected:

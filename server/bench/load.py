@@ -15,6 +15,7 @@ import httpx
 import msgspec
 
 from server.bench.exchange import Record, exchange
+from server.bench.told import check_sending, without_key, without_userinfo
 
 _TICK = 0.02  # seconds between two looks at the loop's lag
 _LONGEST_PAUSE = 10.0  # seconds of a Retry-After that are waited for
@@ -44,7 +45,7 @@ class Load:
     warmup: int = 0
     first: int = 0
     seed: int = 0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     timeout: float = 300.0
     demand: Callable[[Record], str | None] | None = None
     stop_at_error: bool = False
@@ -61,14 +62,15 @@ class Load:
             raise ValueError("requests or seconds must say when the load ends")
         if self.requests is not None and self.requests < (self.streams or 1):
             raise ValueError(f"{self.requests} requests leave some of {self.streams or 1} streams idle")
-        if self.seconds is not None and not self.seconds > 0:
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ValueError(f"seconds must be over 0, not {self.seconds}")
         if not self.prompts:
             raise ValueError("no prompts")
+        check_sending(self.timeout, self.api_key)
         try:
             httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"url {self.url!r}: {error}") from error
+        except httpx.InvalidURL:
+            raise ValueError(f"url {without_userinfo(self.url)!r} is not one") from None
 
     def body(self, number: int) -> bytes:
         """Request `number`, as JSON."""
@@ -213,9 +215,13 @@ class _Sender:
 
     async def _one(self, number: int, records: list[Record], due: float | None = None) -> Record:
         client = self._client()
-        request = client.build_request("POST", self._load.path, content=self._load.body(number))
+
+        def make() -> httpx.Request:
+            return client.build_request("POST", self._load.path, content=self._load.body(number))
+
         self.open += 1
-        record = await exchange(client, request, number, due)
+        record = await exchange(client, make, number, due)
+        record.message = without_key(record.message, self._load.api_key)
         self.open -= 1  # one that is cancelled stays open: it was cut
         self._free.append(client)
         demand = self._load.demand

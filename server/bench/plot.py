@@ -6,6 +6,7 @@ from pathlib import Path
 
 from server.bench.figures import Level
 from server.bench.report import Report, name_of
+from server.bench.told import visible
 
 
 class PlotError(Exception):
@@ -49,7 +50,8 @@ def draw(report: Report, path: Path) -> None:
         axes.set(xlabel="output tokens/s", ylabel=f"{kind.upper()}, ms", ylim=(0, None))
         axes.legend()
     what = "requests/s" if any(level.rate is not None for level in levels) else "concurrency"
-    figure.suptitle(f"{report.about.model}, {report.about.kind}: points are named by {what}", fontsize=10)
+    title = visible(f"{report.about.model}, {report.about.kind}: points are named by {what}")
+    figure.suptitle(title, fontsize=10, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

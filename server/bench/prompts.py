@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server.bench.told import visible
+
 Message = dict[str, str]
 _TRIES = 8  # corrections of a synthetic prompt's length
 _AT_ONCE = 8
@@ -18,6 +20,9 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 
 class DataError(ValueError):
     """A data set that cannot be used; the message names the file and the entry."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def read_dataset(path: Path) -> list[list[Message] | str]:
     Other keys are ignored. Raises DataError.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"dataset {path}: {error}") from error
     found = []
@@ -93,6 +98,7 @@ def _text(draw: random.Random, length: int, tokens_of: Callable[[str], int] | No
         if size == length:
             break
         wanted = max(1, round(len(words) * length / max(size, 1)))
+        wanted = min(wanted, 16 * length)  # whatever the server counts
         kept = words[: min(wanted, len(words) - (wanted == len(words)))]  # the same number: another last word
         words = kept + draw.choices(WORDS, k=wanted - len(kept))
     return best, met
@@ -103,12 +109,12 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     if not lines and not path.name.endswith(".json"):
         raise DataError(f"dataset {path}: wanted is .jsonl or .json")
     texts = (
-        [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()] if lines else [(1, text)]
+        [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()] if lines else [(1, text)]
     )
     for number, each in texts:
         try:
             found = json.loads(each)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"dataset {path}, line {number}: {error}") from error
         if lines:
             yield number, found
@@ -156,12 +162,16 @@ def _shared(turns: Sequence[Any]) -> list[Message]:
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise DataError(f'"{name}" must be a list of objects')
+    if not all(isinstance(each, dict) for each in value):
+        raise DataError(f'"{name}" must be a list of objects, and has something else in it')
     return value
 
 
 def _word(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f'"{name}" is empty or no text')
+    if any("\ud800" <= each <= "\udfff" for each in value):
+        raise DataError(f'"{name}" has half a character (a lone surrogate)')
     return value
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from server.bench.exchange import Record
 from server.bench.figures import BUSY, PERCENTILES, Level
 from server.bench.target import About
+from server.bench.told import visible
 
 FORM = 1
 """Of the JSON file; grows when a key changes its meaning."""
@@ -48,16 +49,16 @@ def show(report: Report, console: Console) -> None:
     """Prints tables, what went wrong, and what to know of the figures."""
     about = report.about
     of = f"{about.kind} {about.version}" if about.version else about.kind
-    title = f"{about.model} at {about.url} ({of})"
+    title = visible(f"{about.model} at {about.url} ({of})")
     console.print(_throughput(report.levels, title))
     console.print(_latencies(report.levels))
     if any(level.speculation for level in report.levels):
         console.print(_speculation(report.levels))
     for note in [*report.notes, *_notes(report.levels)]:
-        console.print(f"- {note}", markup=False, highlight=False)
+        console.print(f"- {visible(note)}", markup=False, highlight=False)
     for level in report.levels:
         for line in _errors(level):
-            console.print(f"[red]{escape(line)}[/red]", highlight=False)
+            console.print(f"[red]{escape(visible(line))}[/red]", highlight=False)
 
 
 def save(report: Report, path: Path, *, raw: bool) -> None:
@@ -137,7 +138,11 @@ def _speculation(levels: Sequence[Level]) -> Table:
         names = [", ".join(each) for each in (told.drafters, told.policies) if each]
         ratios = [_ratio(each) for each in (told.acceptance_rate, told.mean_sl, told.mean_emitted)]
         table.add_row(
-            name_of(level), escape("; ".join(names) or "-"), str(told.drafted), str(told.accepted), *ratios
+            name_of(level),
+            escape(visible("; ".join(names)) or "-"),
+            str(told.drafted),
+            str(told.accepted),
+            *ratios,
         )
     return table
 

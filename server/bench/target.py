@@ -9,11 +9,24 @@ from typing import Any
 
 import httpx
 
+from server.bench.told import (
+    BadFigure,
+    check_sending,
+    count_of,
+    visible,
+    without_key,
+    without_userinfo,
+)
+
 _PROBE = "One, two, three,"
+_BROKEN = (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError)  # what a bad answer raises
 
 
 class TargetError(Exception):
     """The server cannot be measured; the message says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 @dataclass(frozen=True)
@@ -31,18 +44,24 @@ class Target:
     """A base URL such as http://127.0.0.1:8000/v1, asked by one client. Close it by `with`."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+        shown = without_userinfo(url)
+        try:
+            check_sending(timeout, api_key)
+        except ValueError as error:
+            raise TargetError(str(error)) from None
+        self._key = api_key
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         try:
+            if httpx.URL(url).userinfo:
+                raise TargetError(f"url {shown!r} had a user or a password: --api-key is what is sent")
             self.url = str(httpx.URL(url)).rstrip("/")
             self._client = httpx.Client(
                 base_url=self.url, headers=headers, timeout=timeout, trust_env=False, follow_redirects=True
             )
-        except UnicodeEncodeError:
-            raise TargetError("the API key has characters that no header can hold") from None
-        except httpx.InvalidURL as error:
-            raise TargetError(f"url {url!r}: {error}") from error
+        except (httpx.InvalidURL, ValueError) as error:
+            raise TargetError(f"url {shown!r}" + ("" if "@" in url else f": {error}")) from None
         if self._client.base_url.scheme not in ("http", "https"):
-            raise TargetError(f"url {url!r}: http:// or https:// is wanted")
+            raise TargetError(f"url {shown!r}: http:// or https:// is wanted")
 
     def __enter__(self) -> Target:
         return self
@@ -53,13 +72,15 @@ class Target:
     def about(self, model: str | None) -> About:
         """Raises TargetError if the server is not there, or names no model and `model` is None."""
         cards = self._models()
-        names = [str(card.get("id")) for card in cards]
+        names = [card["id"] for card in cards]
         if model is None and not names:
             raise TargetError(f"{self.url}/models names no model: does the URL end in /v1? Else say --model")
-        owner = str(cards[0].get("owned_by", "unknown")) if cards else "unknown"
+        owner = cards[0].get("owned_by") if cards else None
+        owner = owner if isinstance(owner, str) else "unknown"
         version = self._json("GET", f"{self._root()}/version").get("version")
         kind = {"llamacpp": "llama.cpp"}.get(owner, owner)
-        return About(self.url, kind, None if version is None else str(version), model or names[0], names)
+        version = version if isinstance(version, str) else None
+        return About(self.url, kind, version, model or names[0], names)
 
     def token_counter(self, model: str) -> Callable[[str], int] | None:
         """Counts tokens of a text by the server's /tokenize (ours, vLLM's, llama.cpp's); None without one."""
@@ -74,12 +95,17 @@ class Target:
 
     def _length(self, body: Mapping[str, Any]) -> int:
         found = self._tokenized(body)
-        count = found.get("count", found.get("tokens"))
-        if not isinstance(count, int | list):
+        tokens = found.get("tokens")
+        try:
+            count = len(tokens) if isinstance(tokens, list) else None
+            count = count_of(found, "count") if "count" in found else count
+        except BadFigure as error:
+            raise TargetError(f"{self._root()}/tokenize: {error}") from error
+        if count is None:
             raise TargetError(
                 f"{self._root()}/tokenize counts no longer: is the prompt too long for the model?"
             )
-        return count if isinstance(count, int) else len(count)
+        return count
 
     def accepted(self, path: str, body: Mapping[str, Any], optional: tuple[str, ...]) -> list[str]:
         """Those of the `optional` fields of `body` that the server refuses (400 or 422), found by a short
@@ -101,28 +127,33 @@ class Target:
     def _try(self, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
         try:
             with self._client.stream("POST", path, json=body) as response:
-                return response.status_code, response.read().decode(errors="replace")
-        except httpx.HTTPError as error:
+                text = response.read().decode(errors="replace")
+                return response.status_code, without_key(text, self._key)
+        except _BROKEN as error:
             raise TargetError(f"{self.url}/{path}: {type(error).__name__}: {error}") from error
 
     def _models(self) -> list[dict[str, Any]]:
         try:
             answer = self._client.get("models")
-        except httpx.HTTPError as error:
+        except _BROKEN as error:
             raise TargetError(f"no server at {self.url}: {type(error).__name__}: {error}") from error
         if answer.status_code in (401, 403):
             raise TargetError(f"{self.url} wants a key: --api-key or OPENAI_API_KEY")
-        with suppress(ValueError):
+        with suppress(*_BROKEN):
             found = answer.json()
             if isinstance(found, dict) and isinstance(found.get("data"), list):
-                return [card for card in found["data"] if isinstance(card, dict)]
+                return [
+                    card
+                    for card in found["data"]
+                    if isinstance(card, dict) and isinstance(card.get("id"), str)
+                ]
         if answer.status_code == 404:
             return []
         raise TargetError(f"{self.url}/models answers HTTP {answer.status_code}, no list of models")
 
     def _json(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The object of an answer of 200; else an empty one."""
-        with suppress(httpx.HTTPError, ValueError):
+        with suppress(*_BROKEN):
             answer = self._client.request(method, url, json=body)
             found = answer.json() if answer.status_code == 200 else None
             return found if isinstance(found, dict) else {}

@@ -34,7 +34,7 @@ export async function get(path, key) {
   return (await ask(path, key)).json();
 }
 
-/** The chunks of a streamed answer to `body`. Throws ApiError, also for an error within the stream. */
+/** The chunks of a streamed answer to `body`, each with the time it came. Throws ApiError, also for an error within. */
 export async function* stream(path, body, key, signal) {
   const response = await ask(path, key, {
     method: "POST",
@@ -42,16 +42,26 @@ export async function* stream(path, body, key, signal) {
     body: JSON.stringify({ ...body, stream: true }),
     signal,
   });
-  for await (const data of events(response.body)) {
+  for await (const { data, at } of events(response.body)) {
     if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(response.status, chunk.error);
-    yield chunk;
+    const chunk = parsed(data);
+    if (chunk?.error) throw new ApiError(0, chunk.error); // the status, 200, says nothing of it
+    if (!Array.isArray(chunk?.choices)) throw new ApiError(0, { message: "the server sent what this page cannot read" });
+    yield { chunk, at };
   }
   throw new ApiError(0, { message: "the stream broke off before its end" });
 }
 
-/** The data of each event. Comments, which keep a connection open, have none. */
+/** Undefined for what is no JSON. */
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    return undefined;
+  }
+}
+
+/** The data of each event, and when it came. Comments, which keep a connection open, have none. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let left = "";
@@ -59,11 +69,12 @@ async function* events(body) {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
+      const at = performance.now();
       const parts = (left + value.replaceAll("\r\n", "\n")).split("\n\n");
       left = parts.pop();
       for (const part of parts) {
         const lines = part.split("\n").filter((line) => line.startsWith("data:"));
-        if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
+        if (lines.length) yield { data: lines.map((line) => line.slice(5).trimStart()).join("\n"), at };
       }
     }
   } catch (error) {

@@ -10,6 +10,7 @@ const NAMES = ["Left", "Right"];
 
 let choices = []; // of the two lanes; the second is asked only to compare
 let lanes = [];
+let served = false; // there are models to ask
 let running = null; // the AbortController of what runs
 
 // ---- what the server has
@@ -19,16 +20,21 @@ async function load() {
   try {
     const key = $("key").value;
     const [models, offer] = await Promise.all([get("v1/models", key), get("v1/policies", key)]);
-    $("model").replaceChildren(...models.data.map(({ id }) => new Option(id)));
+    const model = $("model").value;
+    $("model").replaceChildren(...models.data.map(({ id }) => new Option(id, id, false, id === model)));
+    const before = choices;
     choices = NAMES.map(() => new Choice($("choice"), offer));
     choices[1].policy = offer.policies.find(({ name }) => name === "static") ? "static" : offer.default.policy;
+    before.forEach((choice, index) => choices[index].keep(choice));
     showChoices();
     $("fault").hidden = true;
-    $("run").disabled = false;
+    served = true;
+    allow();
     const ready = await get("ready", key);
     $("server").textContent = `${ready.target}, draft ${ready.draft ?? "none"}, on ${ready.device}`;
   } catch (error) {
-    $("run").disabled = true;
+    served = false;
+    allow();
     unserved(error);
   }
 }
@@ -105,9 +111,14 @@ async function run() {
   if (lanes.length > 1) judge(...lanes, requests[0][1]);
 }
 
+/** What may be pressed now. */
+function allow() {
+  $("run").disabled = !served || running !== null;
+  $("stop").disabled = running === null;
+}
+
 function working(on) {
-  $("run").disabled = on;
-  $("stop").disabled = !on;
+  allow();
   if (on && document.activeElement === $("run")) $("stop").focus();
   if (!on && [$("stop"), document.body].includes(document.activeElement)) $("run").focus();
 }
@@ -208,5 +219,5 @@ for (const mode of document.querySelectorAll('input[name="mode"]')) {
 }
 $("compare").addEventListener("change", showChoices);
 $("key").addEventListener("change", load);
-$("run").disabled = true;
+allow();
 load();

@@ -31,6 +31,21 @@ export class Choice {
     this.#listOptions();
   }
 
+  /** Takes over what was chosen before, where it is still offered. */
+  keep(before) {
+    const [drafter, max] = ["drafter", "max_sl"].map((role) => before.part(role).value);
+    if (this.offer.drafters.includes(drafter)) this.part("drafter").value = drafter;
+    this.part("max_sl").value = max;
+    this.#listPolicies();
+    const offered = [...this.part("policy").options].some((option) => option.value === before.policy && !option.disabled);
+    if (!offered) return;
+    this.policy = before.policy;
+    for (const old of before.fields.filter((field) => field.changed)) {
+      const field = this.fields.find((each) => each.name === old.name && each.input.type === old.input.type);
+      if (field) Object.assign(field.input, { value: old.input.value, checked: old.input.checked });
+    }
+  }
+
   /** The policies that may govern the drafter chosen; the others are listed with the reason. */
   #listPolicies() {
     const drafter = this.part("drafter").value;

@@ -4,6 +4,8 @@ import { Tally, inWords } from "./tally.js";
 
 const STRIP = 96; // pixels that the longest draft of the strip may take
 const REFRESH = 100; // milliseconds between new numbers
+const REST = 4; // times as long as the last drawing took, before the next: the longer the text, the rarer
+const REORDERS = /[\u202a-\u202e\u2066-\u2069]/; // what would turn the tokens after it around, too
 
 let made = 0;
 
@@ -23,6 +25,8 @@ export class Lane {
     this.columns = []; // of the iterations, in the strip
     this.groups = []; // of the same, in the text
     this.longest = 0;
+    this.undrawn = []; // passes that came since the last drawing
+    this.waits = false; // for its next frame
     this.tally = new Tally(performance.now());
     this.state = "waiting"; // then running; then done, stopped or failed
     this.#showNumbers();
@@ -35,13 +39,14 @@ export class Lane {
     this.part("text").setAttribute("aria-busy", "true");
     const clock = setInterval(() => this.#showNumbers(), REFRESH);
     try {
-      for await (const chunk of chunks) this.#take(chunk);
+      for await (const { chunk, at } of chunks) this.#take(chunk, at);
       this.state = "done";
     } catch (error) {
       this.state = error.name === "AbortError" ? "stopped" : "failed";
       if (this.state === "failed") this.fail(error);
     } finally {
       clearInterval(clock);
+      this.#draw();
       this.part("text").removeAttribute("aria-busy");
       this.#showNumbers();
       this.#listRows();
@@ -53,20 +58,43 @@ export class Lane {
     this.state = "failed";
     const fault = this.part("fault");
     const where = error.param ? ` Field: ${error.param}.` : "";
-    const what = error.status ? ` (${[error.status, error.code].filter(Boolean).join(", ")})` : "";
+    const codes = [error.status, error.code].filter(Boolean).join(", ");
+    const what = codes ? ` (${codes})` : "";
     fault.textContent = `Error: ${error.message.replace(/\.$/, "")}${what}.${where}`;
     fault.hidden = false;
     this.error = error;
   }
 
-  #take(chunk) {
+  #take(chunk, at) {
+    this.undrawn.push(...this.tally.take(chunk, at));
+    if (this.waits) return;
+    this.waits = true;
+    requestAnimationFrame(() => this.#frame());
+  }
+
+  /** Draws, and rests in proportion to what the drawing took, so that the page never falls behind. */
+  #frame() {
+    const begun = performance.now();
+    this.#draw();
+    setTimeout(() => {
+      setTimeout(() => {
+        this.waits = this.undrawn.length > 0;
+        if (this.waits) requestAnimationFrame(() => this.#frame());
+      }, REST * (performance.now() - begun));
+    });
+  }
+
+  /** Draws what came since the last time: reads the layout first, and once. */
+  #draw() {
     const text = this.part("text");
-    const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
-    for (const pass of this.tally.take(chunk, performance.now())) {
-      text.append(this.#tokens(pass));
-      if (pass.iteration) this.#addColumn(pass);
-    }
-    if (atEnd) text.scrollTop = text.scrollHeight;
+    const strip = this.part("strip");
+    const textAtEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
+    const stripAtEnd = strip.scrollWidth - strip.scrollLeft - strip.clientWidth < 24;
+    const passes = this.undrawn.splice(0);
+    text.append(...passes.map((pass) => this.#tokens(pass)));
+    strip.append(...passes.filter((pass) => pass.iteration).map((pass) => this.#column(pass)));
+    if (textAtEnd) text.scrollTop = text.scrollHeight;
+    if (stripAtEnd) strip.scrollLeft = strip.scrollWidth;
     const { told } = this.tally;
     if (told) this.part("who").textContent = told.drafter === "none" ? "no draft" : `${told.policy}, drafter ${told.drafter}`;
   }
@@ -78,6 +106,7 @@ export class Lane {
       const token = document.createElement("span");
       token.className = `t ${origin}`;
       if (/^\n+$/.test(text)) token.classList.add("break");
+      if (REORDERS.test(text)) token.classList.add("apart");
       token.textContent = text;
       group.append(token);
     }
@@ -121,13 +150,12 @@ export class Lane {
 
   // ---- the strip
 
-  #addColumn(pass) {
+  #column(pass) {
     const strip = this.part("strip");
     if (!this.columns.length) {
       const label = `Iterations: ${this.title}`;
       Object.assign(strip, { role: "listbox", tabIndex: 0, ariaLabel: label, ariaOrientation: "horizontal" });
     }
-    const atEnd = strip.scrollWidth - strip.scrollLeft - strip.clientWidth < 24;
     const column = document.createElement("span");
     column.className = "column";
     column.role = "option";
@@ -140,12 +168,11 @@ export class Lane {
     const own = pass.tokens.find((token) => token.origin !== "draft");
     if (own) column.append(cell(`own ${own.origin}`));
     this.columns.push({ column, pass });
-    strip.append(column);
     if (pass.drafted > this.longest) {
       this.longest = pass.drafted;
       strip.style.setProperty("--cell", `${Math.max(2, Math.min(9, STRIP / this.longest - 2))}px`);
     }
-    if (atEnd) strip.scrollLeft = strip.scrollWidth;
+    return column;
   }
 
   #move(event) {

@@ -51,7 +51,8 @@ def of_the_server(url: str) -> dict[str, Any]:
     faults = [
         line
         for line in lines
-        if line.startswith("disco_http_requests_total{") and 'status="5' in line and '"/ready"' not in line
+        if line.startswith("disco_http_requests_total{") and 'status="5' in line
+        if '"/ready"' not in line and not line.endswith(" 0.0")
     ]  # /ready says 503 while the engine loads
     left = [
         line

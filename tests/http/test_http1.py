@@ -61,6 +61,7 @@ async def test_it_is_a_400(port: int, log: pytest.LogCaptureFixture, name: str) 
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         text = (await client.get("/metrics")).text
     counted = [line for line in text.splitlines() if line.startswith("disco_http_requests_total{")]
+    counted = [line for line in counted if not line.endswith(" 0.0")]  # failures, before there are any
     known = "/v1/completions" in "".join(counted)  # a route had it before its body broke off
     assert known or counted == ['disco_http_requests_total{route="unmatched",status="400"} 1.0']
     assert len(counted) == 1 and counted[0].endswith(" 1.0") and known == name.startswith("a bad")

@@ -60,7 +60,8 @@ async def test_labels_of_every_sample(make_app: MakeApp) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["replica", "replica=", "=a", "1a=b", "__a=b", "a-b=c", "policy=x", "le=1", "model_name=x"]
+    "wrong",
+    ["replica", "replica=", "=a", "1a=b", "__a=b", "a-b=c", "policy=x", "le=1", "model_name=x", "a=\udcff"],
 )
 def test_labels_that_cannot_be(wrong: str) -> None:
     with pytest.raises(ValidationError, match="metrics_label"):
@@ -132,3 +133,33 @@ async def test_promtool_finds_nothing(make_app: MakeApp) -> None:
         text = await told(client)
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+async def test_vllms_names_keep_their_colons_whatever_is_asked_for(make_app: MakeApp) -> None:
+    """OpenMetrics would write them as underscores, and Prometheus asks for it."""
+    asked = {"accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"}
+    async with running(make_app(metrics_compat="vllm")) as client:
+        answer = await client.get("/metrics", headers=asked)
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "\nvllm:num_requests_running{" in answer.text and "vllm_" not in answer.text
+
+
+async def test_failures_are_told_before_the_first_one(make_app: MakeApp) -> None:
+    async with running(make_app(max_num_seqs=7)) as client:
+        found = values((await client.get("/metrics")).text)
+    for route in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/ready", "unmatched"):
+        assert all(found["disco_http_requests_total", route, status] == 0 for status in ("500", "503"))
+    assert found["disco_requests_limit",] == 7
+
+
+def test_the_apis_port_is_not_the_metrics_port() -> None:
+    with pytest.raises(ValidationError, match="metrics-port"):
+        Settings(port=8000, metrics_port=8000)
+    assert Settings(port=0, metrics_port=0).metrics_port == 0
+
+
+@pytest.mark.parametrize("given", ["", ",", " , ", '[""]'])
+def test_an_empty_key_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("DISCO_API_KEY", given)
+    with pytest.raises(ValidationError, match="empty"):
+        Settings()

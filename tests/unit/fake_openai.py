@@ -19,6 +19,24 @@ from starlette.routing import Route
 
 STEP = 0.002
 
+CHUNKS: dict[str, bytes] = {
+    "no text": b'{"choices":[{"index":0,"text":"\xff"}]}',
+    "nests": b'{"choices":[{"text":"a"}],"speculation":' + b"[" * 100_000,
+    "many digits": b'{"choices":[],"usage":{"completion_tokens":' + b"9" * 500 + b"}}",
+    "very many digits": b'{"choices":[],"usage":{"completion_tokens":' + b"9" * 5000 + b"}}",
+    "below nothing": b'{"choices":[],"usage":{"completion_tokens":-9}}',
+    "counts in words": b'{"choices":[],"usage":{"completion_tokens":"five"}}',
+    "counts in truths": b'{"choices":[],"usage":{"prompt_tokens":true}}',
+    "predicts too much": b'{"choices":[],"usage":{"completion_tokens_details":'
+    b'{"accepted_prediction_tokens":1e300}}}',
+    "drafts words": b'{"choices":[],"timings":{"draft_n":"x"}}',
+    "speculates words": b'{"choices":[],"speculation":{"drafted":"x"}}',
+    "speculates below nothing": b'{"choices":[],"speculation":{"mean_emitted":-1}}',
+    "drafts nothing": b'{"choices":[],"timings":{"draft_n":null}}',
+}
+"""What a model of that name sends at the end, instead of usage."""
+LEAP = (1, 2_000_000_000)  # tokens of two chunks of the model "leaps"
+
 
 class FakeOpenAI:
     """Two tokens a chunk. Remembers what it was asked, and how many streams were open at most."""
@@ -26,7 +44,9 @@ class FakeOpenAI:
     def __init__(self) -> None:
         self.models = ["good"]
         self.owner = "somebody"
+        self.cards: bytes | None = None  # the whole answer of /models
         self.key: str | None = None
+        self.status = 500  # of the model "repeats the key"
         self.tokenize: str | None = None  # whose form: "vllm" or "llama.cpp"
         self.longest = 1000  # words that it tokenizes
         self.refuses: tuple[str, ...] = ()  # fields
@@ -53,6 +73,8 @@ class FakeOpenAI:
     async def _models(self, request: Request) -> Response:
         if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
             return JSONResponse({"error": {"message": "no key"}}, status_code=401)
+        if self.cards is not None:
+            return Response(self.cards, media_type="application/json")
         return JSONResponse({"data": [{"id": name, "owned_by": self.owner} for name in self.models]})
 
     async def _tokenize(self, request: Request) -> Response:
@@ -73,6 +95,8 @@ class FakeOpenAI:
             if name in body:
                 return JSONResponse({"detail": f"extra field: {name}"}, status_code=422)
         match body["model"]:
+            case "repeats the key":
+                return JSONResponse({"error": request.headers["authorization"]}, status_code=self.status)
             case "full":
                 error = {"error": {"message": "too many requests"}}
                 return JSONResponse(error, status_code=429, headers={"retry-after": "1"})
@@ -136,6 +160,12 @@ def events(body: dict[str, Any], chat: bool) -> list[Any]:
         found[2:] = [{"error": {"message": "on fire"}}]
     if model == "errs as llama.cpp":
         found[1:] = [b'error: {"code":500,"message":"on fire"}\n\n']
+    if model in CHUNKS:
+        found[-1:] = [b"data: " + CHUNKS[model] + b"\n\n"]
+    if model == "leaps":
+        found[:2] = [{"choices": [{"text": "a"}], "usage": {"completion_tokens": told}} for told in LEAP]
+    if model == "cut lines":
+        found[1:1] = [b'data: {"choices"', b":[]}\n\n"]
     if model == "talks nonsense":
         found[1] = b"data: {nonsense\n\n"
     if model != "ends without a word":

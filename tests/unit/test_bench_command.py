@@ -144,6 +144,14 @@ def test_the_key_is_sent_and_never_shown(
         assert "sesame" not in text
 
 
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_key_that_the_server_repeats_is_not_shown(fake: FakeOpenAI, tmp_path: Path, status: int) -> None:
+    fake.status, out = status, tmp_path / "bench.json"
+    result = run(fake, "--model", "repeats the key", "--api-key", "open-sesame", "--json", str(out), "--raw")
+    assert result.exit_code == 1 and "(the API key)" in result.output
+    assert "sesame" not in result.output + (out.read_text() if out.exists() else "")
+
+
 def test_a_picture(fake: FakeOpenAI, tmp_path: Path) -> None:
     out = tmp_path / "new" / "bench.png"
     result = run(fake, "--plot", str(out))
@@ -203,6 +211,18 @@ def test_ctrl_c_shows_what_was_measured(fake: FakeOpenAI, tmp_path: Path, proces
         (("--url", "http://127.0.0.1:port"), 1, "url"),
         (("--url", "ROOT"), 1, "does the URL end in /v1?"),
         (("--api-key", "s\u00e9same"), 1, "the API key has characters"),
+        (("--api-key", "sesame\nsesame"), 1, "the API key has characters"),
+        (("--api-key", "sesame\x01"), 1, "the API key has characters"),
+        (("--api-key", "sesame "), 1, "the API key has characters"),
+        (("--api-key", ""), 1, "the API key has characters"),
+        (("--url", "http://u:sesame@127.0.0.1:9/v1"), 1, "'http://127.0.0.1:9/v1' had a user or a password"),
+        (("--url", "http://u:sesame@127.0.0.1:port/v1"), 1, "url 'http://127.0.0.1:port/v1'"),
+        (("--url", "http://u:sesame/x@127.0.0.1:9/v1"), 1, "url 'http://127.0.0.1:9/v1'"),
+        (("--url", "ftp://u:sesame@127.0.0.1/v1"), 1, "url 'ftp://127.0.0.1/v1'"),
+        (("--timeout", "inf"), 1, "timeout must be"),
+        (("--timeout", "nan"), 1, "timeout must be"),
+        (("--timeout", "1e300"), 1, "timeout must be"),
+        (("--extra-body", "[" * 100_000), 2, "not JSON"),
     ],
 )
 def test_what_cannot_work_is_one_line(
@@ -212,7 +232,25 @@ def test_what_cannot_work_is_one_line(
     result = run(fake, *given)
     assert result.exit_code == code, result.output
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert "sesame" not in result.output
     assert fake.sent == []
+
+
+@pytest.mark.parametrize(
+    "cards", [b"[" * 100_000, b"\xff", b'{"data":[{"id":' + b"9" * 5000 + b"}]}", b'{"data":[{"id":[]},5]}']
+)
+def test_lists_of_models_that_are_none(fake: FakeOpenAI, cards: bytes) -> None:
+    fake.cards = cards
+    result = run(fake)
+    assert result.exit_code == 1 and len(result.stderr.strip().splitlines()) == 1, result.output
+    assert "models" in result.stderr
+
+
+def test_what_a_server_says_does_nothing_to_the_terminal(fake: FakeOpenAI, tmp_path: Path) -> None:
+    fake.models, fake.owner = ["full \x1b]0;x\x07[red]"], "\x1b[2J"
+    result = run(fake, "--plot", str(tmp_path / "bench.png"))
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output and "\\x1b[2J" in result.stdout and "\\x07[red]" in result.stdout
 
 
 # ---- prompts

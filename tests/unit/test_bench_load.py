@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_openai import FakeOpenAI, serving
+from fake_openai import CHUNKS, FakeOpenAI, serving
 
+from server.bench import exchange
 from server.bench.exchange import Record
+from server.bench.figures import level_of
 from server.bench.load import Load, LoadStopped, Share, drive
 from server.bench.processes import send
 
@@ -97,6 +100,43 @@ def test_failures_have_a_kind_and_what_was_seen(
     record = only(fake, model)
     assert record.error == kind and message in record.message
     assert record.ended > record.sent
+
+
+@pytest.mark.parametrize("model", [*CHUNKS, "leaps"])
+@pytest.mark.parametrize("how", [{"streams": 2}, {"rate": 500.0}])
+def test_what_no_server_should_say_is_a_failure_of_its_request(
+    fake: FakeOpenAI, model: str, how: dict[str, Any]
+) -> None:
+    given = load(fake, model, **how)
+    outcome = send(given)
+    level_of(given, outcome, 1)
+    kinds = {record.error for record in outcome.records}
+    assert len(outcome.records) == 4 and len(kinds) == 1
+    assert kinds <= {None} if model == "drafts nothing" else kinds <= {"not a chunk", "bad figure"}
+    for record in outcome.records:
+        assert record.error is None or record.message.isprintable()
+
+
+@pytest.mark.parametrize("how", [{"streams": 2}, {"rate": 500.0}])
+def test_any_exception_is_a_failure_of_its_request(
+    fake: FakeOpenAI, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = replace(load(fake, **how), prompts=("good", "half a character: \ud800"))
+    outcome = send(given)
+    assert [each.error for each in sorted(outcome.records, key=lambda each: each.number)] == [
+        None, "UnicodeEncodeError", None, "UnicodeEncodeError"
+    ]  # fmt: skip
+
+    def bad(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(exchange._Reader, "read", bad)
+    assert {each.error for each in send(load(fake, **how)).records} == {"MemoryError"}
+
+
+def test_a_line_without_end_is_not_kept(fake: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "_LONGEST", 5)
+    assert only(fake, "cut lines").error == "not a chunk"
 
 
 def test_a_slow_server_times_out(fake: FakeOpenAI) -> None:
@@ -225,6 +265,12 @@ async def test_what_is_cancelled_gives_what_it_has(fake: FakeOpenAI) -> None:
         ({"seconds": 0.0}, "seconds"),
         ({"prompts": ()}, "no prompts"),
         ({"url": "http://127.0.0.1:port/v1"}, "url"),
+        ({"url": "http://u:sesame@127.0.0.1:port/v1"}, "url 'http://127.0.0.1:port/v1' is not one"),
+        ({"seconds": float("inf")}, "seconds"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": 1e9}, "timeout"),
+        ({"api_key": "sesame\n"}, "the API key has characters"),
     ],
 )
 def test_loads_that_cannot_work(changed: dict[str, Any], message: str) -> None:

@@ -65,6 +65,17 @@ def test_our_own_tasks_can_be_sent() -> None:
     assert len(tasks) > 100 and all(tasks)
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.jsonl", "one\u2028two\u0085three"
+    path.write_bytes(b"\xef\xbb\xbf" + (json.dumps({"text": text}, ensure_ascii=False) + "\r\n").encode() * 2)
+    assert read_dataset(path) == [text, text]
+
+
+def test_a_server_that_counts_oddly_makes_no_prompt_long() -> None:
+    (text,) = synthetic(1, 9, seed=1, tokens_of=lambda _: 0).texts
+    assert len(text.split()) <= 16 * 9
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -77,6 +88,13 @@ def test_our_own_tasks_can_be_sent() -> None:
         ("a.jsonl", '{"text": "x", "prompt": "y"}', "prompt and text"),
         ("a.jsonl", '{"text": " "}', "empty"),
         ("a.jsonl", '{"messages": []}', "messages"),
+        ("a.jsonl", '{"messages": [5]}', "something else"),
+        ("a.jsonl", '{"conversations": ["x"]}', "something else"),
+        ("a.jsonl", '{"conversations": [{"from": []}]}', "entry 1"),
+        ("a.jsonl", '{"text": "\\ud800"}', "half a character"),
+        ("a.jsonl", "[" * 100_000, "line 1"),
+        ("a.json", "[" * 100_000, "line 1"),
+        ("a.jsonl", '{"\x1b": 1}', "line 1"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "content"),
         ("a.jsonl", '{"conversations": [{"from": "cat", "value": "x"}]}', "cat"),
         ("a.jsonl", '{"conversations": [{"from": "gpt", "value": "x"}]}', "no question"),
@@ -85,5 +103,6 @@ def test_our_own_tasks_can_be_sent() -> None:
 def test_datasets_that_cannot_be_used(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as raised:
         read_dataset(path)
+    assert str(raised.value).isprintable()

@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { KEY, LONG, LONG_TOKENS, MODEL, ROOT, assertAtWork, assertIdle, check, finish } from "./served.mjs";
 import { LATE, Page, browser } from "./page.mjs";
+import { chunk, paced, standIn } from "./paced.mjs";
 
 const SHOTS = process.env.SCREENSHOTS;
 const FIELDS = { prompt: "Write a Python function that returns the factorial of n, and explain it.", max_tokens: 96 };
@@ -185,6 +186,75 @@ await check("error", "the server's words are shown and the field is marked", asy
   await page.close();
 });
 
+await check("pace", "a long answer is as fast as its server: 4500 tokens at 300 a second", async () => {
+  const page = await Page.open();
+  let pace;
+  const end = await standIn(page, async (send) => (pace = await paced(send, 4500, 300)));
+  const [lane] = await page.run({ prompt: "Hello" });
+  const shown = Number(lane.numbers["Tokens/s"]);
+  console.error(`       sent at ${pace.toFixed(1)} tokens/s, shown ${shown}`);
+  assert.ok(Math.abs(shown / pace - 1) < 0.05, `sent at ${pace} tokens a second, shown as ${shown}`);
+  assert.deepEqual([lane.numbers.Tokens, lane.origins.correction, lane.columns], ["4500", 4500, 4500]);
+  const below = await page.tab.$eval(".text", (text) => text.scrollHeight - text.scrollTop - text.clientHeight);
+  assert.ok(below < 8, `the end of the text is ${below} pixels away`);
+  end();
+  await page.close();
+});
+
+await check("error", "within a stream: no status of success, and plain words for what is no JSON", async () => {
+  const page = await Page.open();
+  const error = { message: "the engine is gone", code: "engine_unavailable", param: null };
+  for (const [data, words] of [
+    [JSON.stringify({ error }), "Error: the engine is gone (engine_unavailable)."],
+    ["<html>", "Error: the server sent what this page cannot read."],
+    ["null", "Error: the server sent what this page cannot read."],
+  ]) {
+    const end = await standIn(page, (send) => [chunk("Once"), data].forEach(send));
+    const [lane] = await page.run({ prompt: "Hello" });
+    assert.deepEqual([lane.fault, lane.text], [words, "Once"]);
+    end();
+  }
+  await page.close();
+});
+
+await check("looks", "a token that turns the writing around turns only itself around", async () => {
+  const page = await Page.open();
+  const end = await standIn(page, (send) => [..."ab", "\u202e", ..."cd", "[DONE]"].forEach((text) => send(text === "[DONE]" ? text : chunk(text))));
+  await page.run({ prompt: "Hello" });
+  const places = await page.tab.$$eval(".text .t", (tokens) => tokens.map((token) => token.getBoundingClientRect().left));
+  assert.deepEqual(places, [...places].sort((a, b) => a - b));
+  end();
+  await page.close();
+});
+
+await check("key", "another one, while an answer comes, changes nothing of what was chosen", async () => {
+  const page = await Page.open();
+  let more;
+  const end = await standIn(page, async (send) => {
+    send(chunk("Once"));
+    await new Promise((ended) => (more = ended));
+    send("[DONE]");
+  });
+  await page.tab.selectOption('[data-role="policy"]', "static");
+  await page.tab.locator(".choice summary").click();
+  await page.tab.fill('[data-param="speculation.options.sl"]', "3");
+  await page.tab.click("#run");
+  await page.tab.waitForSelector(".column");
+  const again = page.tab.waitForResponse("**/ready");
+  await page.tab.fill("#key", `${KEY} `);
+  await page.tab.fill("#key", KEY);
+  await page.tab.$eval("#key", (field) => field.dispatchEvent(new Event("change")));
+  await again;
+  assert.ok(await page.tab.isDisabled("#run"));
+  assert.equal(await page.tab.inputValue('[data-role="policy"]'), "static");
+  assert.equal(await page.tab.inputValue('[data-param="speculation.options.sl"]'), "3");
+  more();
+  await page.ended();
+  assert.ok(await page.tab.isEnabled("#run"));
+  end();
+  await page.close();
+});
+
 await check("keyboard", "all of it without a mouse", async () => {
   const page = await Page.open({ key: null });
   const { keyboard } = page.tab;
@@ -226,6 +296,7 @@ await check("keyboard", "all of it without a mouse", async () => {
   assert.equal(await page.tab.locator(".pass.on").count(), 1);
   await keyboard.press("Tab");
   await keyboard.press("Enter");
+  await page.tab.waitForSelector(".lane tbody tr"); // a browser tells of an opened part a moment later
   assert.equal(await page.tab.locator(".lane tbody tr").count(), lane.columns);
   await keyboard.press("Shift+Tab");
   await page.tab.fill("#max_tokens", String(LONG_TOKENS));
@@ -262,6 +333,7 @@ await check("looks", "no barrier that axe calls serious or critical, light and d
 await check("looks", "narrow screens have it one below the other", async () => {
   const page = await Page.open({ width: 390, height: 1400 });
   await page.run({ ...FIELDS, max_tokens: 64 });
+  assert.notEqual(await page.tab.$eval(".text", (text) => getComputedStyle(text).maxHeight), "none");
   await page.tab.evaluate(() => document.getElementById("results").scrollIntoView());
   await shot(page, "narrow");
   await page.close();
