@@ -153,7 +153,7 @@ class Record:
         return {name: value for name, value in told.items() if value is not None}
 
     def _generation(self) -> dict[str, Any]:
-        spoken = self.speculated.body()
+        spoken, phases = self.speculated.body(), self.phases
         del spoken["mean_emitted"]
         return {
             "id": self.id,
@@ -164,7 +164,7 @@ class Record:
             "generated_tokens": sum(choice.shown_tokens for choice in self.choices),
             "finish_reasons": self.finish_reasons,
             "time_to_first_token": self.time_to_first_token,
-            **({} if self.phases is None else self.phases.seconds()),
+            **({} if phases is None else phases.seconds()),
             **spoken,
         }
 

@@ -154,7 +154,7 @@ def _of_http(record: Record) -> dict[str, Any]:
 def _of_generation(record: Record) -> dict[str, Any]:
     params = record.choices[0].request.params
     spoken = record.speculated.body()
-    figures = record.figures()
+    figures, phases = record.figures(), record.phases
     reasoning = sum(choice.reasoning_tokens for choice in record.choices if choice.prompt.place is not None)
     return {
         "gen_ai.request.max_tokens": params.max_tokens,
@@ -173,7 +173,7 @@ def _of_generation(record: Record) -> dict[str, Any]:
         "gen_ai.usage.cache_read.input_tokens": figures["cached_tokens"],
         "gen_ai.usage.reasoning.output_tokens": reasoning or None,
         "disco.time_to_first_token": record.time_to_first_token,
-        **({} if record.phases is None else _ours(record.phases.seconds())),
+        **({} if phases is None else _ours(phases.seconds())),
         **{f"disco.speculation.{name}": value for name, value in spoken.items()},
     }
 

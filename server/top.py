@@ -62,9 +62,9 @@ class Unreachable(Exception):
     """Nobody answers, or not as a metrics page does."""
 
     def __init__(self, message: str) -> None:
-        from server.bench.told import visible
+        from server.log_lines import one_line
 
-        super().__init__(visible(message[:_SHOWN]))
+        super().__init__(one_line(message[:_SHOWN]))
 
 
 class BadURL(Exception):
@@ -130,7 +130,7 @@ class Watched:
 
 
 def _health(status: int, text: str) -> str:
-    from server.bench.told import visible
+    from server.log_lines import one_line
 
     try:
         found = json.loads(text)
@@ -140,7 +140,7 @@ def _health(status: int, text: str) -> str:
             said = str(found["error"]["message"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"/health answers HTTP {status}"
-    return visible(said[:_SHOWN])
+    return one_line(said[:_SHOWN])
 
 
 def _once(watched: Watched, console: Console, interval: float) -> None:

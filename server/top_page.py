@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.bench.told import visible
+from server.log_lines import one_line
 
 Labels = Mapping[str, str]
 _MOST = 1e18  # that a sample of ours can be
@@ -19,7 +19,7 @@ class NotOurs(ValueError):
     """The page is no metrics of disco-serve, or cannot be read."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(message[:300]))
+        super().__init__(one_line(message[:300]))
 
 
 class Page:
@@ -45,7 +45,7 @@ class Page:
             raise NotOurs(f"these metrics cannot be read: {name} is {value}")
         if name.endswith("_bucket") and math.isnan(_bound(labels.get("le", ""))):
             raise NotOurs(f"these metrics cannot be read: {name} has a bound {labels.get('le')!r}")
-        self._samples[name][frozenset((key, visible(text)) for key, text in labels.items())] = value
+        self._samples[name][frozenset((key, one_line(text)) for key, text in labels.items())] = value
 
     def samples(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
         """Labels and values of a name, without its prefix."""

@@ -80,23 +80,33 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return byte_tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a random four-layer Llama and a byte tokenizer; its vocabulary has padding."""
+def random_llama(directory: Path, tokenizer: PreTrainedTokenizerFast, *, layers: int, context: int) -> Path:
+    """A random Llama and the tokenizer, saved in the directory; its vocabulary has padding."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=272,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.4,
     )
-    directory = tmp_path_factory.mktemp("tiny-llama")
     LlamaForCausalLM(config).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., Path]:
+    """`random_llama`, for tests that need another."""
+    return random_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random four-layer Llama and a byte tokenizer."""
+    return random_llama(tmp_path_factory.mktemp("tiny-llama"), byte_tokenizer(), layers=4, context=256)

@@ -29,7 +29,7 @@ from engine.models.runner import Batch, Chunk
 from engine.models.selfcheck import UnsupportedModel
 from engine.models.staging import Staging
 
-_PROMPTS = (48, 1024)  # tokens: few, and more than graphs are made for
+_PROMPT = 1024  # tokens: more than graphs are made for
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +114,9 @@ class FusedRunner:
         """Captures ahead what passes over up to `rows` rows of up to `longest` tokens will need."""
         if self.graphs is not None:
             self.graphs.warm(rows, longest, self.decodes if self.kernel is not None else 0)
-        for tokens in _PROMPTS:  # compiles what reading short and long ones needs
-            blocks = -(-tokens // self.block_size)
-            if self._pool is not None and tokens <= self.context and blocks <= self._pool.blocks:
-                self._forward(Batch.pack([Chunk([0] * tokens, 0, list(range(blocks)), 1)], self.block_size))
+        blocks = -(-_PROMPT // self.block_size)  # compiles what reading long ones needs
+        if self._pool is not None and self.context >= _PROMPT and blocks <= self._pool.blocks:
+            self._forward(Batch.pack([Chunk([0] * _PROMPT, 0, list(range(blocks)), 1)], self.block_size))
 
     @torch.inference_mode()
     def _faster(self, blocks: int) -> int:

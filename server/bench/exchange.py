@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import msgspec
 
-from server.bench.told import BadFigure, count_of, speculation_of, visible
+from server.bench.told import BadFigure, count_of, speculation_of
+from server.log_lines import one_line
 
 _SHOWN = 500  # characters of an error that are kept
 _LONGEST = 1 << 24  # bytes of a line
@@ -239,7 +240,7 @@ class _Reader:
     def failed(self, kind: str, message: str, retry_after: float | None = None) -> None:
         """Marks the record; what came until then stays in it."""
         record = self.record
-        record.error, record.message, record.retry_after = kind, visible(message[:_SHOWN]), retry_after
+        record.error, record.message, record.retry_after = kind, one_line(message[:_SHOWN]), retry_after
 
 
 def _predictions(usage: Mapping[str, Any]) -> list[dict[str, Any]]:

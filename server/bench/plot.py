@@ -6,7 +6,7 @@ from pathlib import Path
 
 from server.bench.figures import Level
 from server.bench.report import Report, name_of
-from server.bench.told import visible
+from server.log_lines import one_line
 
 
 class PlotError(Exception):
@@ -50,7 +50,7 @@ def draw(report: Report, path: Path) -> None:
         axes.set(xlabel="output tokens/s", ylabel=f"{kind.upper()}, ms", ylim=(0, None))
         axes.legend()
     what = "requests/s" if any(level.rate is not None for level in levels) else "concurrency"
-    title = visible(f"{report.about.model}, {report.about.kind}: points are named by {what}")
+    title = one_line(f"{report.about.model}, {report.about.kind}: points are named by {what}")
     figure.suptitle(title, fontsize=10, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

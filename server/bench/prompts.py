@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.bench.told import visible
+from server.log_lines import one_line
 
 Message = dict[str, str]
 _TRIES = 8  # corrections of a synthetic prompt's length
@@ -22,7 +22,7 @@ class DataError(ValueError):
     """A data set that cannot be used; the message names the file and the entry."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(message))
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.table import Table
 from server.bench.exchange import Record
 from server.bench.figures import BUSY, PERCENTILES, Level
 from server.bench.target import About
-from server.bench.told import visible
+from server.log_lines import one_line
 
 FORM = 1
 """Of the JSON file; grows when a key changes its meaning."""
@@ -49,16 +49,16 @@ def show(report: Report, console: Console) -> None:
     """Prints tables, what went wrong, and what to know of the figures."""
     about = report.about
     of = f"{about.kind} {about.version}" if about.version else about.kind
-    title = visible(f"{about.model} at {about.url} ({of})")
+    title = one_line(f"{about.model} at {about.url} ({of})")
     console.print(_throughput(report.levels, title))
     console.print(_latencies(report.levels))
     if any(level.speculation for level in report.levels):
         console.print(_speculation(report.levels))
     for note in [*report.notes, *_notes(report.levels)]:
-        console.print(f"- {visible(note)}", markup=False, highlight=False)
+        console.print(f"- {one_line(note)}", markup=False, highlight=False)
     for level in report.levels:
         for line in _errors(level):
-            console.print(f"[red]{escape(visible(line))}[/red]", highlight=False)
+            console.print(f"[red]{escape(one_line(line))}[/red]", highlight=False)
 
 
 def save(report: Report, path: Path, *, raw: bool) -> None:
@@ -139,7 +139,7 @@ def _speculation(levels: Sequence[Level]) -> Table:
         ratios = [_ratio(each) for each in (told.acceptance_rate, told.mean_sl, told.mean_emitted)]
         table.add_row(
             name_of(level),
-            escape(visible("; ".join(names)) or "-"),
+            escape(one_line("; ".join(names)) or "-"),
             str(told.drafted),
             str(told.accepted),
             *ratios,

@@ -13,10 +13,10 @@ from server.bench.told import (
     BadFigure,
     check_sending,
     count_of,
-    visible,
     without_key,
     without_userinfo,
 )
+from server.log_lines import one_line
 
 _PROBE = "One, two, three,"
 _BROKEN = (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError)  # what a bad answer raises
@@ -26,7 +26,7 @@ class TargetError(Exception):
     """The server cannot be measured; the message says why."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(message))
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)

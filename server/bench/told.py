@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from server.log_lines import one_line
+
 MOST = 10**9
 """The largest count that is believed."""
 LONGEST_TIMEOUT = 86_400.0
@@ -40,13 +42,6 @@ def speculation_of(told: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def visible(text: str) -> str:
-    """A text whose control characters are escaped, so that it can do nothing to a terminal."""
-    return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text
-    )
-
-
 def check_sending(timeout: float, api_key: str | None) -> None:
     """Raises ValueError, which never has the key in it."""
     if not (math.isfinite(timeout) and 0 < timeout <= LONGEST_TIMEOUT):
@@ -62,4 +57,4 @@ def without_key(text: str, api_key: str | None) -> str:
 
 def without_userinfo(url: str) -> str:
     """A URL as it may be shown: without the name and the password before its host."""
-    return visible(re.sub(r"^([A-Za-z][\w+.-]*://)?.*@", r"\1", url, flags=re.DOTALL))
+    return one_line(re.sub(r"^([A-Za-z][\w+.-]*://)?.*@", r"\1", url, flags=re.DOTALL))

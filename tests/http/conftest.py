@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import httpx
 import pytest
@@ -10,6 +10,7 @@ from chat_support import Grammars
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from http_support import listening, running
+from live_app import Live, Script, live
 from template_families import with_template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -99,3 +100,16 @@ async def port(make_app: Callable[..., FastAPI]) -> AsyncIterator[int]:
     """The app behind uvicorn on a free port of 127.0.0.1."""
     async with listening(make_app()) as port:
         yield port
+
+
+@pytest.fixture(scope="module")
+def script(tokenizer: PreTrainedTokenizerFast) -> Script:
+    """Says what a target and a draft say, for `app`."""
+    return Script(len(tokenizer), eos=0)
+
+
+@pytest.fixture(scope="module")
+def app(script: Script, tokenizer: PreTrainedTokenizerFast) -> Iterator[Live]:
+    """An app around a real engine whose models follow the script."""
+    with live(script.engine(), tokenizer) as app:
+        yield app

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from http_support import joined
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_app import CONTEXT, Live, Script, live
+from live_app import CONTEXT, Live, Script
 from transformers import PreTrainedTokenizerFast
 
 PATH = "/v1/completions"
 CHARACTERS = "ab \n€é😀👩‍🚀🇫🇷漢字かな한e\u0301n\u0303o\u0302\u0323"
 TEXTS = st.text(st.sampled_from(CHARACTERS), min_size=1, max_size=18)
 SLIPS = st.frozensets(st.integers(0, CONTEXT), max_size=20)
-
-
-@pytest.fixture(scope="module")
-def script(tokenizer: PreTrainedTokenizerFast) -> Script:
-    return Script(len(tokenizer), eos=0)
-
-
-@pytest.fixture(scope="module")
-def app(script: Script, tokenizer: PreTrainedTokenizerFast) -> Iterator[Live]:
-    with live(script.engine(), tokenizer) as app:
-        yield app
 
 
 def fields(sl: int, **more: Any) -> dict[str, Any]:

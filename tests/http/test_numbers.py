@@ -9,11 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from http_support import listening
 from suites.accounts import ask_all, mix, whole
 from suites.compared import idle, lines, since, total
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from engine.client_local import LocalEngine
 from engine.config import EngineConfig
@@ -33,25 +32,13 @@ def bytes_alone(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTr
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, bytes_alone: PreTrainedTokenizerFast) -> Path:
+def model(
+    tmp_path_factory: pytest.TempPathFactory,
+    bytes_alone: PreTrainedTokenizerFast,
+    make_llama: Callable[..., Path],
+) -> Path:
     """A random Llama with a long context, for it takes a while until a client has left."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=272,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.4,
-    )
-    directory = tmp_path_factory.mktemp("long-llama")
-    LlamaForCausalLM(config).save_pretrained(directory)
-    bytes_alone.save_pretrained(directory)
-    return directory
+    return make_llama(tmp_path_factory.mktemp("long-llama"), bytes_alone, layers=3, context=8192)
 
 
 @pytest.fixture

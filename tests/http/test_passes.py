@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from http_support import events_of, joined, running
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_app import CONTEXT, Live, Script, live
+from live_app import CONTEXT, Live, Script
 from test_live_streams import CHARACTERS, SLIPS, TEXTS
 from transformers import PreTrainedTokenizerFast
 
@@ -217,17 +217,6 @@ async def test_responses_refuse_it(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/responses", json=body)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "stream_options.include_speculation")
-
-
-@pytest.fixture(scope="module")
-def script(tokenizer: PreTrainedTokenizerFast) -> Script:
-    return Script(len(tokenizer), eos=0)
-
-
-@pytest.fixture(scope="module")
-def app(script: Script, tokenizer: PreTrainedTokenizerFast) -> Iterator[Live]:
-    with live(script.engine(), tokenizer) as app:
-        yield app
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
