@@ -55,14 +55,18 @@ def generate(
     tokens: int,
     speculation: SpeculationParams,
     temperature: float,
+    seeded: bool = True,
 ) -> tuple[dict[str, list[int]], dict[str, list[tuple[int, int]]], float]:
-    """All texts at once: ids and (drafted, emitted) of each, and seconds from the first token on."""
+    """All texts at once: ids and (drafted, emitted) of each, and seconds from the first token on.
+
+    Samples are coupled, or without `seeded` drawn by rejection.
+    """
     for i, text in enumerate(texts):
         params = SamplingParams(
             temperature=temperature,
             max_tokens=tokens,
             ignore_eos=True,
-            seed=_seed(text.ids) if temperature else None,
+            seed=_seed(text.ids) if temperature and seeded else None,
         )
         request = GenerateRequest(
             id=str(i), prompt_ids=text.ids, params=params, speculation=speculation,

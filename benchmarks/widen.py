@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
+from widen_weights import Filler
 
 from engine.models.load import keep_layers, load_model, load_tokenizer
 from engine.types import CannotLoad
@@ -52,18 +52,11 @@ class Shape:
 
 
 SHAPES = {
+    "70b": Shape(8192, 28672, 80, 64, 8, 128, 128256),  # Llama-3-70B
     "7b": Shape(3584, 18944, 28, 28, 4, 128, 152064),  # Qwen2.5-7B
     "1b": Shape(2048, 8192, 16, 32, 8, 64, 128256),  # Llama-3.2-1B
     "0.5b": Shape(896, 4864, 24, 14, 2, 64, 151936),  # Qwen2.5-0.5B
 }
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Where a source's entries lie along one axis of a wider weight: entry `of[i]` at `to[i]`."""
-
-    to: Tensor  # int64[n], without repeats
-    of: Tensor  # int64[n]
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
@@ -89,28 +82,38 @@ def widen(
     source's vocabulary are padding: their logit is the mean of all others, so never the largest. A wider
     hidden size unties the head. Raises ValueError if the model is not of the family or does not fit.
     """
+    place = torch.device(device) if device is not None else model.device
+    wide, filler = hollow(model, shape, place, dtype or model.dtype, seed)
+    weights: dict[str, Tensor] = {}
+    for name, meta in wide.state_dict().items():
+        tied = name == "lm_head.weight" and wide.config.tie_word_embeddings
+        weights[name] = weights["model.embed_tokens.weight"] if tied else filler.weight(name, meta)
+    wide.load_state_dict(weights, assign=True)
+    wide.tie_weights()
+    return wide.requires_grad_(False)
+
+
+def hollow(
+    model: PreTrainedModel, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> tuple[PreTrainedModel, Filler]:
+    """The widened model with weights on "meta", and what makes each of them, on `device` in `dtype`.
+
+    Raises ValueError as `widen` does.
+    """
     if type(model) not in FAMILY:
         raise ValueError(f"cannot widen a {type(model).__name__}, only {[each.__name__ for each in FAMILY]}")
     source = shape_of(model.config)
     shape = replace(shape, vocab=max(shape.vocab, source.vocab))
     _refuse(model, source, shape)
     config = _config(model.config, source, shape)
+    heads, new = _heads(source, shape), torch.empty(0, device=device, dtype=dtype)
     with torch.device("meta"):
-        wide: PreTrainedModel = type(model)(config)
-    place = torch.device(device) if device is not None else model.device
-    new = torch.empty(0, device=place, dtype=dtype or model.dtype)
-    filler = _Filler(model, source, shape, new, seed)
-    weights: dict[str, Tensor] = {}
-    for name, meta in wide.state_dict().items():
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        weights[name] = weights["model.embed_tokens.weight"] if tied else filler.weight(name, meta)
-    wide.load_state_dict(weights, assign=True)
-    wide.tie_weights()
-    with torch.device(place):  # its frequencies are in no state dict
+        wide: PreTrainedModel = type(model)(config).to(dtype)
+    with torch.device(device):  # its frequencies are in no state dict
         wide.model.rotary_emb = type(model.model.rotary_emb)(config)
-    config.dtype = wide.dtype
+    config.dtype = dtype
     wide.generation_config = copy.deepcopy(model.generation_config)
-    return wide.requires_grad_(False).eval()
+    return wide.eval(), Filler(model, source, shape, heads, new, seed)
 
 
 def _refuse(model: PreTrainedModel, source: Shape, shape: Shape) -> None:
@@ -165,84 +168,6 @@ def _heads(source: Shape, shape: Shape) -> tuple[list[int], list[int]]:
         kv, nth = divmod(head, fold)
         places.append((kv * copies + nth // new_fold) * new_fold + nth % new_fold)
     return places, [new // copies for new in range(source.kv_heads * copies)]
-
-
-def _dims(head_dim: int, wide: int) -> Tensor:
-    """int64[head_dim]: where a head's dimensions lie in a wider head. Rotary pairs (i, i + d/2) turn by
-    theta^(-2i/d): at d' = m d that is pair m i."""
-    half = torch.arange(head_dim // 2) * (wide // head_dim)
-    return torch.cat([half, half + wide // 2])
-
-
-class _Filler:
-    """Makes the wide model's weights, one by one."""
-
-    def __init__(self, model: PreTrainedModel, source: Shape, shape: Shape, new: Tensor, seed: int) -> None:
-        """`new`: of the device and dtype to make."""
-        self._weights, self._new = model.state_dict(), new
-        self._source, self._shape = source, shape
-        self._std = float(model.config.initializer_range)
-        self._random = torch.Generator(new.device).manual_seed(seed)
-        places, kv_of = _heads(source, shape)
-        self._hidden, self._vocab = self._first(source.hidden), self._first(source.vocab)
-        self._units, self._one = self._first(source.intermediate), self._first(source.head_dim)
-        self._queries = self._per_head(places, range(source.heads))
-        self._keys = self._per_head(range(len(kv_of)), kv_of)
-        rows = torch.arange(len(kv_of) * shape.head_dim, device=new.device)
-        self._still = rows[~torch.isin(rows, self._keys.to)]
-        # Norms divide by a mean over more dimensions; attention, by the root of a larger head_dim.
-        self._shrink = math.sqrt(source.hidden / shape.hidden)
-        self._query_scale, self._key_scale = math.sqrt(shape.head_dim / source.head_dim), 1.0
-        if isinstance(model, Qwen3ForCausalLM):  # its norms of heads have the same eps, now smaller
-            self._query_scale = self._key_scale = self._shrink
-
-    def weight(self, name: str, meta: Tensor) -> Tensor:
-        """The weight or bias of this name in the wide model, of `meta`'s shape."""
-        kind = name.split(".")[-2]
-        axes, spare, scale = self._rule(kind)
-        made = self._new.new_zeros(meta.shape)
-        if spare:
-            made.normal_(0, self._std, generator=self._random)
-        if name not in self._weights:
-            return made  # of a spare layer
-        live = self._weights[name].to(self._new.device, torch.float32)
-        for axis in range(meta.ndim):  # a bias has the rows of its weight
-            live = live.index_select(axis, axes[axis].of)
-        live = (live * scale).to(self._new.dtype)
-        if kind == "k_proj":  # new dimensions of live keys meet random queries
-            made[self._still] = 0
-        made[axes[0].to if meta.ndim == 1 else (axes[0].to[:, None], axes[1].to)] = live
-        if kind in ("embed_tokens", "lm_head"):
-            made[self._source.vocab :, : self._source.hidden] = live.mean(0, dtype=torch.float32).to(live)
-        return made
-
-    def _rule(self, kind: str) -> tuple[tuple[Axis, ...], bool, float]:
-        """Of a kind of weight: its axes, whether what is new in it is random or 0, and a factor."""
-        hidden, queries, keys, units = self._hidden, self._queries, self._keys, self._units
-        return {
-            "embed_tokens": ((self._vocab, hidden), False, 1.0),
-            "lm_head": ((self._vocab, hidden), True, 1.0),
-            "q_proj": ((queries, hidden), True, self._query_scale),
-            "k_proj": ((keys, hidden), True, self._key_scale),
-            "v_proj": ((keys, hidden), True, 1.0),
-            "o_proj": ((hidden, queries), False, 1.0),
-            "gate_proj": ((units, hidden), True, 1.0),
-            "up_proj": ((units, hidden), True, 1.0),
-            "down_proj": ((hidden, units), False, 1.0),
-            "q_norm": ((self._one,), True, 1.0),
-            "k_norm": ((self._one,), True, 1.0),
-        }.get(kind, ((hidden,), True, self._shrink))
-
-    def _first(self, count: int) -> Axis:
-        at = torch.arange(count, device=self._new.device)
-        return Axis(at, at)
-
-    def _per_head(self, to: Seq[int], of: Seq[int]) -> Axis:
-        """Source heads `of`, whole, at the heads `to`."""
-        dim, wide = self._source.head_dim, self._shape.head_dim
-        new = torch.tensor(list(to))[:, None] * wide + _dims(dim, wide)
-        old = torch.tensor(list(of))[:, None] * dim + torch.arange(dim)
-        return Axis(new.flatten().to(self._new.device), old.flatten().to(self._new.device))
 
 
 @torch.inference_mode()

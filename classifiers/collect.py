@@ -23,6 +23,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from transformers import AutoConfig
 
 from classifiers import traces
+from classifiers.collect_bushes import Extent
 from classifiers.collect_rows import Plan, Recorder, blocks_needed
 from classifiers.collect_store import alone, claim, refuse_another_directory, require
 from classifiers.collect_texts import Asked, write_texts
@@ -43,8 +44,8 @@ class CollectOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `draft`: "default", "self:N" or a model. `data`: see `classifiers.data_files.read_data`.
     `temperature` 0 is greedy, 1 coupled sampling with seeds `seed`, `seed` + 1, ... by prompt. `tokens`:
-    the longest text. `branch`: the draft's own steps after a mismatch. `batch`: texts of a shard, None
-    for 64 on a GPU and 16 on a CPU.
+    the longest text. `branch`: the draft's own steps after a mismatch. `trees`: record what simulating trees
+    needs. `batch`: texts of a shard, None for 64 on a GPU and 16 on a CPU.
     """
 
     target: str
@@ -57,6 +58,7 @@ class CollectOptions(msgspec.Struct, frozen=True, kw_only=True):
     branch: int = 24
     hidden: bool = True
     target_hidden: bool = False
+    trees: bool = False
     per_category: int | None = None
     batch: int | None = None
     device: str = "auto"
@@ -107,7 +109,7 @@ def _manifest(options: CollectOptions, sources: Seq[Source], draft: str | None) 
     device = load.pick_device(options.device)
     batch = options.batch or (64 if device.type == "cuda" else 16)
     given = msgspec.structs.asdict(options)
-    kept = ("temperature", "seed", "tokens", "branch", "hidden", "target_hidden", "per_category")
+    kept = ("temperature", "seed", "tokens", "branch", "hidden", "target_hidden", "trees", "per_category")
     dtype = str(load.pick_dtype(options.dtype, device)).removeprefix("torch.")
     settings: dict[str, Any] = {name: given[name] for name in kept}
     settings |= {"batch": batch, "device": device.type, "dtype": dtype}
@@ -147,6 +149,7 @@ class _Job:
         require(bool(fits), _too_long(asked, options.tokens, "target", context))
         longest = max(len(each.ids) for each in fits) + options.tokens
         plan = Plan.on(load.pick_device(options.device), min(batch, len(fits)))
+        trees = Extent() if options.trees else None
         self._config = EngineConfig(
             target=options.target,
             draft=options.draft,
@@ -156,7 +159,7 @@ class _Job:
             max_model_len=longest,
             max_num_seqs=plan.texts,
             kv_blocks=blocks_needed(
-                plan, longest, options.branch, EngineConfig(target=options.target).block_size
+                plan, longest, options.branch, EngineConfig(target=options.target).block_size, trees
             ),
             prefix_cache=False,  # the recorder writes over the blocks of texts that are done
         )
@@ -184,6 +187,7 @@ class _Job:
             branch=options.branch,
             hidden=options.hidden,
             target_hidden=options.target_hidden,
+            trees=trees,
         )
         self.manifest = msgspec.structs.replace(
             manifest,
@@ -197,7 +201,7 @@ class _Job:
     def run(self) -> None:
         """Records the groups that are missing; `manifest` is complete then."""
         engine = Engine(self._config, dataclasses.replace(self._parts, drafters={}))
-        with _bars(len(self._asked), self._options.tokens) as bars:
+        with _bars(len(self._asked), self._options.tokens, self._options.trees) as bars:
             for number, group in enumerate(self._groups):
                 path = traces.shard_file(self._out, number)
                 if path.exists():
@@ -211,7 +215,7 @@ class _Job:
     def _record(self, engine: Engine, number: int, group: Seq[Asked], bars: _Bars) -> None:
         texts = write_texts(engine, group, self._options.tokens, bars.written)
         # The engine has no request left: from here on its KV blocks are the recorder's.
-        steps, branches = self._recorder.record(texts, bars.forced, bars.branched)
+        steps, branches, bushes = self._recorder.record(texts, bars.forced, bars.branched, bars.off)
         prompts = Prompts(
             category=[each.prompt.category for each in group],
             name=[each.prompt.name for each in group],
@@ -219,7 +223,8 @@ class _Job:
             tokens=np.array([len(each.ids) for each in group], np.int32),
             ids=np.array([token for each in group for token in each.ids], np.int32),
         )
-        traces.save_shard(self._out, number, prompts, steps, branches)
+        bars.off(sum(self._options.tokens - len(text.tokens) + 1 for text in texts))  # without a bush
+        traces.save_shard(self._out, number, prompts, steps, branches, bushes)
 
 
 def _draft_of(parts: Parts) -> Runner:
@@ -250,18 +255,21 @@ def _too_long(asked: Seq[Asked], tokens: int, model: str, context: int) -> str:
 
 
 class _Bars:
-    """Three bars on stderr: tokens written, texts forced, branches run (their number shows on the way)."""
+    """Bars on stderr: tokens written, texts forced, branches run (their number shows on the way), and with
+    `trees` positions that have their bushes."""
 
-    def __init__(self, progress: Progress, texts: int, tokens: int) -> None:
+    def __init__(self, progress: Progress, texts: int, tokens: int, trees: bool) -> None:
         self._progress, self._tokens = progress, tokens
         self._texts = progress.add_task("the target's texts, tokens", total=texts * tokens)
         self._forced = progress.add_task("the draft along them, texts", total=texts)
         self._branches = progress.add_task("on its own tokens, branches", total=None)
+        self._off = progress.add_task("off the texts, positions", total=texts * tokens) if trees else None
         self._before = 0
 
     def skip(self, texts: int) -> None:
         """A group that is there already."""
         self.written(texts * self._tokens)
+        self.off(texts * self._tokens)
         self.forced(texts)
 
     def written(self, tokens: int) -> None:
@@ -270,6 +278,10 @@ class _Bars:
     def forced(self, texts: int) -> None:
         self._progress.advance(self._forced, texts)
 
+    def off(self, positions: int) -> None:
+        if self._off is not None:
+            self._progress.advance(self._off, positions)
+
     def branched(self, done: int, total: int) -> None:
         self._progress.update(self._branches, completed=self._before + done, total=self._before + total)
         if done == total:
@@ -277,7 +289,7 @@ class _Bars:
 
 
 @contextmanager
-def _bars(texts: int, tokens: int) -> Iterator[_Bars]:
+def _bars(texts: int, tokens: int, trees: bool) -> Iterator[_Bars]:
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield _Bars(progress, texts, tokens)
+        yield _Bars(progress, texts, tokens, trees)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from classifiers.acceptance import acceptance_probability, overlap
-from classifiers.traces import Array, Branches, Steps
+from classifiers.collect_bushes import BushRecorder, Extent, columns
+from classifiers.traces import Array, Branches, Bushes, Steps
 from engine.models.runner import Batch, Chunk, Runner
 from engine.speculation.features import TOP, signals
 from engine.speculation.noise import GumbelNoise
@@ -70,14 +71,17 @@ class Recorder:
         branch: int,
         hidden: bool = False,
         target_hidden: bool = False,
+        trees: Extent | None = None,
     ) -> None:
         """`longest`: tokens of the longest prompt and its text. `tokens`: the most a text may have."""
         self._target, self._draft, self._plan, self._vocab = target, draft, plan, vocab
         self._block_size, self._tokens, self._branch = block_size, tokens, branch
         self._hidden, self._target_hidden = hidden, target_hidden
-        self._per_text = -(-longest // block_size)
+        self._per_text = _per_text(longest, block_size, trees)
         self._per_branch = own_blocks(branch, block_size)
         self._noise = GumbelNoise(vocab, draft.device)
+        bushes = BushRecorder(draft, vocab, block_size, tokens, self._noise, trees) if trees else None
+        self._bushes = bushes
 
     @torch.inference_mode()
     def record(
@@ -85,18 +89,27 @@ class Recorder:
         texts: Seq[Text],
         on_text: Callable[[int], None] = lambda _: None,
         on_branches: Callable[[int, int], None] = lambda _, __: None,
-    ) -> tuple[Steps, Branches]:
+        on_bushes: Callable[[int], None] = lambda _: None,
+    ) -> tuple[Steps, Branches, Bushes | None]:
         """The rows of at most `plan.texts` texts, `prompt` counted from 0.
 
-        `on_text` hears how many texts are done; `on_branches` how many branches of how many. Raises
-        RequestFailed if a model's logits are NaN.
+        `on_text` hears how many texts are done; `on_branches` how many branches of how many; `on_bushes` at
+        how many positions bushes are. Raises RequestFailed if a model's logits are NaN.
         """
         found: list[dict[str, Array]] = []
         for some in self._batches(texts):
             found.extend(self._force(texts, some))
             on_text(len(some))
-        steps = Steps(**{name: np.concatenate([each[name] for each in found]) for name in found[0]})
-        return steps, self._continue(texts, steps, on_branches)
+        made = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+        first = made.pop("first", None)  # tokens in the order of trees
+        steps = Steps(**made)
+        branches = self._continue(texts, steps, on_branches)
+        if self._bushes is None or first is None:
+            return steps, branches, None
+        return steps, branches, self._bushes.record(texts, steps, first, self._blocks, on_bushes)
+
+    def _blocks(self, text: int) -> range:
+        return range(text * self._per_text, (text + 1) * self._per_text)
 
     # ---- along the target's texts
 
@@ -142,6 +155,9 @@ class Recorder:
                 row["accept"] = acceptance_probability(q[at], p[at], drafted).cpu().numpy()
                 row["overlap"] = overlap(p[at], q[at]).cpu().numpy()
             row |= {name: _half(states[name], at) for name in wanted}
+            if self._bushes is not None:
+                seeds = [seed for seed, _ in seen if seed is not None]
+                row |= columns(q[at], self._noise(seeds, [k for _, k in seen]) if seeds else None, token)
             yield row
 
     def _along(self, runner: Runner, texts: Seq[Text], rows: Seq[int]) -> Tensor:
@@ -149,7 +165,7 @@ class Recorder:
         chunks = []
         for text, row in zip(texts, rows, strict=True):
             ids = (*text.prompt_ids, *text.tokens[:-1])
-            blocks = range(row * self._per_text, (row + 1) * self._per_text)
+            blocks = self._blocks(row)
             begin = 0
             while len(text.prompt_ids) - begin > self._plan.tokens:  # a long prompt, in pieces
                 piece = ids[begin : begin + self._plan.tokens]
@@ -229,9 +245,14 @@ def own_blocks(branch: int, block_size: int) -> int:
     return -(-(block_size - 1 + branch) // block_size)
 
 
-def blocks_needed(plan: Plan, longest: int, branch: int, block_size: int) -> int:
+def _per_text(longest: int, block_size: int, trees: Extent | None) -> int:
+    return -(-(longest + (0 if trees is None else trees.nodes)) // block_size)
+
+
+def blocks_needed(plan: Plan, longest: int, branch: int, block_size: int, trees: Extent | None = None) -> int:
     """KV blocks that a recorder of this plan writes."""
-    return plan.texts * -(-longest // block_size) + plan.branches * own_blocks(branch, block_size)
+    per_text = _per_text(longest, block_size, trees)
+    return plan.texts * per_text + plan.branches * own_blocks(branch, block_size)
 
 
 def _signals(logits: Tensor, drafted: Tensor) -> dict[str, Array]:

@@ -49,7 +49,7 @@ def claim(out: Path, mine: Manifest) -> Manifest:
         traces.write_manifest(out, mine)
         return mine
     theirs = traces.read_manifest(out)
-    settings = theirs.settings
+    settings = {"trees": False} | theirs.settings
     changed = [_flag(name) for name, value in mine.settings.items() if settings.get(name) != value]
     for name in ("target", "draft"):
         if getattr(mine, name).fingerprint != getattr(theirs, name).fingerprint:

@@ -80,6 +80,8 @@ def _heads(paths: tuple[Path, ...], trace: Trace) -> dict[str, Head]:
     found: dict[str, Head] = {}
     for path in paths:
         head = load_head(path)
+        if head.kind == "c2t":
+            raise DataError(f"{path}: a c2t head judges trees, and `classifier simulate-trees` judges it")
         head.check(
             trace.manifest.draft.fingerprint, trace.manifest.feature_version, trace.manifest.hidden or None
         )

@@ -66,7 +66,7 @@ class _Page:
 
     def __init__(self, out: Path) -> None:
         if importlib.util.find_spec("matplotlib") is None:
-            raise ReportError("the plots need matplotlib: pip install 'disco-serve[report]'")
+            raise ReportError("the plots need matplotlib: pip install -e '.[report]'")
         from classifiers import report_plots
 
         self.plots = report_plots

@@ -1,4 +1,4 @@
-"""The plots of the report, as PNG files. matplotlib comes with `pip install 'disco-serve[report]'`."""
+"""The plots of the report, as PNG files. matplotlib comes with `pip install -e '.[report]'`."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ class StepCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `draft`: one draft step. `verify`: (tokens, seconds) of a target pass, ascending from 1 token; linear
     in between and beyond. `decide`: what asking a policy adds to a draft step, for every policy that is
     asked or by its name. `iteration`: of an iteration besides drafting and verifying. `catch_up`: a token
-    of the context that the draft reads before it drafts first.
+    of the context that the draft reads before it drafts first. `layers`: (nodes, seconds) of a draft pass
+    over a tree's layer, as `verify`; where it is not given, any layer costs `draft`.
     """
 
     draft: float
@@ -36,13 +37,15 @@ class StepCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decide: float | dict[str, float] = 0.0
     iteration: float = 0.0
     catch_up: float = 0.0
+    layers: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        at = [tokens for tokens, _ in self.verify]
-        if at[:1] != [1] or any(b <= a for a, b in pairwise(at)):
-            raise CostsError(f"verify costs must be given for 1 token, then for more; not for {at}")
-        if not all(math.isfinite(each) and each > 0 for _, each in self.verify):
-            raise CostsError("verify costs must be positive numbers")
+        for name, points in (("verify", self.verify), ("layers", self.layers or ((1, 1.0),))):
+            at = [tokens for tokens, _ in points]
+            if at[:1] != [1] or any(b <= a for a, b in pairwise(at)):
+                raise CostsError(f"{name} costs must be given for 1 token, then for more; not for {at}")
+            if not all(math.isfinite(each) and each > 0 for _, each in points):
+                raise CostsError(f"{name} costs must be positive numbers")
         decide = self.decide.values() if isinstance(self.decide, dict) else [self.decide]
         for name, value in (
             ("draft", self.draft),
@@ -55,13 +58,11 @@ class StepCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def passes(self) -> np.ndarray:
         """float64[MOST + 1]: a target pass over 0, 1, ... tokens; the first entry means nothing."""
-        at, seconds = (np.array(each, dtype=float) for each in zip(*self.verify, strict=True))
-        tokens = np.arange(MOST + 1)
-        found: np.ndarray = np.interp(tokens, at, seconds)
-        if len(at) > 1:
-            slope = max((seconds[-1] - seconds[-2]) / (at[-1] - at[-2]), 0.0)
-            found += np.maximum(tokens - at[-1], 0) * slope
-        return found
+        return _line(self.verify)
+
+    def drafting(self) -> np.ndarray:
+        """float64[MOST + 1]: a draft pass over 0, 1, ... nodes of a tree; the first entry means nothing."""
+        return _line(self.layers or ((1, self.draft),))
 
     def deciding(self, policy: str) -> float:
         """Seconds that asking this policy adds to a draft step."""
@@ -77,10 +78,22 @@ class StepCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return costs
 
 
+def _line(points: Seq[tuple[int, float]]) -> np.ndarray:
+    """float64[MOST + 1]: linear between the points and beyond."""
+    at, seconds = (np.array(each, dtype=float) for each in zip(*points, strict=True))
+    tokens = np.arange(MOST + 1)
+    found: np.ndarray = np.interp(tokens, at, seconds)
+    if len(at) > 1:
+        slope = max((seconds[-1] - seconds[-2]) / (at[-1] - at[-2]), 0.0)
+        found += np.maximum(tokens - at[-1], 0) * slope
+    return found
+
+
 def read_costs(path: Path) -> StepCosts:
     """From JSON: the fields of `StepCosts`, or a benchmark's file that has them under "costs".
 
-    `verify` may be pairs, an object by tokens, or a list for 1, 2, 3, ... tokens. Raises CostsError.
+    `verify` and `layers` may be pairs, an object by tokens, or a list for 1, 2, 3, ... tokens.
+    Raises CostsError.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +106,8 @@ def read_costs(path: Path) -> StepCosts:
     if inner is found and (odd := sorted(inner.keys() - known.keys())):
         raise CostsError(f"{path}: unknown key {odd[0]!r}; known: {', '.join(StepCosts.__struct_fields__)}")
     try:
-        return msgspec.convert(known | {"verify": _pairs(known["verify"])}, StepCosts)
+        pairs = {name: _pairs(known[name], name) for name in ("verify", "layers") if name in known}
+        return msgspec.convert(known | pairs, StepCosts)
     except (msgspec.ValidationError, CostsError) as error:
         raise CostsError(f"{path}: {error}") from error
 
@@ -119,11 +133,11 @@ def costs_from(
     return StepCosts(draft_ms / 1e3, tuple(points.items()), decide_us / 1e6)
 
 
-def _pairs(verify: Any) -> Any:
+def _pairs(verify: Any, name: str) -> Any:
     """Pairs (tokens, seconds) of whatever form; what is none of them is left to validation."""
     if isinstance(verify, Mapping):
         if odd := [tokens for tokens in verify if not str(tokens).isdecimal()]:
-            raise CostsError(f"'verify' is by tokens, not by {odd[0]!r}")
+            raise CostsError(f"{name!r} is by tokens, not by {odd[0]!r}")
         return sorted((int(tokens), seconds) for tokens, seconds in verify.items())
     if isinstance(verify, Seq) and all(isinstance(each, int | float) for each in verify):
         return list(enumerate(verify, 1))

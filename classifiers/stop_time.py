@@ -47,6 +47,7 @@ class Starts:
     """
 
     def __init__(self, trace: Trace) -> None:
+        self.trace = trace
         self.chains = Chains.of(trace)
         begins = np.asarray(trace.begins, dtype=np.int64)
         at = np.flatnonzero(trace.steps.pos > 0).astype(np.int64)

@@ -101,6 +101,8 @@ class Steps:
     accept: Array  # float32[N], min(1, p/q) of the drafted token; greedy: match
     overlap: Array | None = None  # float32[N], sum of min(p, q); None where greedy
     hidden: Array | None = None  # float16[N, H], the draft's last normed state, that gave `drafted`
+    order: Array | None = None  # float32[N, 32], probabilities of what a tree would take, in its order
+    rank: Array | None = None  # int32[N], the place of `token` in that order, -1 where it is not
     target_hidden: Array | None = None  # float16[N, Ht], the target's, that gave `token`
 
 
@@ -123,11 +125,28 @@ class Branches:
     hidden: Array | None = None  # float16[M, K, H]
 
 
-Rows = TypeVar("Rows", "Steps", "Branches")
+@dataclass(frozen=True)
+class Bushes:
+    """L places off the texts: what the draft says after a step's text and some wrong tokens; for trees.
+
+    Of each step those ways that are likely enough (`classifiers.collect_bushes`), a parent before its
+    children; of a text's last step its own token too. `parent` is the row of the way without its last token,
+    counted from the step's first row, -1 for the step itself; `rank` the place of that token in the order.
+    """
+
+    step: Array  # int32[L], index into the steps, ascending
+    parent: Array  # int32[L]
+    rank: Array  # int32[L]
+    order: Array  # float32[L, 32], as that of the steps
+    top: Array  # float32[L, 10]
+    entropy: Array  # float32[L]
+
+
+Rows = TypeVar("Rows", "Steps", "Branches", "Bushes")
 
 
 def take(table: Rows, rows: Array) -> Rows:
-    """Steps or branches of these rows alone; `rows` a mask or indices."""
+    """What is in these rows alone; `rows` a mask or indices."""
     arrays = {each.name: getattr(table, each.name) for each in fields(table)}
     return replace(table, **{name: array[rows] for name, array in arrays.items() if array is not None})
 
@@ -141,6 +160,7 @@ class Trace:
     steps: Steps
     branches: Branches
     begins: Array = field(init=False)  # int64[P + 1]: prompt i's steps are begins[i] to begins[i + 1]
+    bushes: Bushes | None = None  # where they were recorded
 
     def __post_init__(self) -> None:
         counts = np.bincount(self.steps.prompt, minlength=len(self.prompts.category))
@@ -170,4 +190,8 @@ class Trace:
             tokens=old.tokens[kept],
             ids=np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32),
         )
-        return Trace(self.manifest, chosen, steps, branches)
+        bushes = self.bushes
+        if bushes is not None:
+            bushes = take(bushes, here[bushes.step])
+            bushes = replace(bushes, step=number[bushes.step].astype(np.int32))
+        return Trace(self.manifest, chosen, steps, branches, bushes)

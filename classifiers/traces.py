@@ -27,6 +27,7 @@ from classifiers.trace_types import (
     FORMAT,
     Array,
     Branches,
+    Bushes,
     Counts,
     Identity,
     Manifest,
@@ -42,6 +43,7 @@ __all__ = [
     "HIDDEN",
     "Array",
     "Branches",
+    "Bushes",
     "Counts",
     "Identity",
     "Manifest",
@@ -82,7 +84,7 @@ def save(directory: Path, trace: Trace) -> None:
     """Writes a whole trace, in one shard. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     sizes = len(trace.prompts.name), len(trace.steps.pos), len(trace.branches.step)
-    save_shard(directory, 0, trace.prompts, trace.steps, trace.branches)
+    save_shard(directory, 0, trace.prompts, trace.steps, trace.branches, trace.bushes)
     write_manifest(directory, msgspec.structs.replace(trace.manifest, counts=Counts(*sizes)))
 
 
@@ -93,11 +95,20 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     part.rename(directory / MANIFEST)
 
 
-def save_shard(directory: Path, number: int, prompts: Prompts, steps: Steps, branches: Branches) -> None:
+def save_shard(
+    directory: Path,
+    number: int,
+    prompts: Prompts,
+    steps: Steps,
+    branches: Branches,
+    bushes: Bushes | None = None,
+) -> None:
     """Whole or not at all. Indices of prompts and steps count within the shard."""
     arrays = {"prompts.tokens": prompts.tokens, "prompts.ids": prompts.ids}
-    tables: tuple[tuple[str, Steps | Branches], ...] = (("steps", steps), ("branches", branches))
-    for name, table in tables:
+    tables: dict[str, Steps | Branches | Bushes] = {"steps": steps, "branches": branches}
+    if bushes is not None:
+        tables["bushes"] = bushes
+    for name, table in tables.items():
         for each in fields(table):
             if (array := getattr(table, each.name)) is not None:
                 arrays[f"{name}.{each.name}"] = np.ascontiguousarray(array)
@@ -145,7 +156,7 @@ def load(directory: Path, hidden: Collection[str] = ()) -> Trace:
     return trace
 
 
-Parts = tuple[Prompts, Steps, Branches]
+Parts = tuple[Prompts, Steps, Branches, Bushes | None]
 
 
 def _read_shard(path: Path, unwanted: Collection[str]) -> Parts:
@@ -153,7 +164,7 @@ def _read_shard(path: Path, unwanted: Collection[str]) -> Parts:
         with safe_open(path, "numpy") as file:
             words = json.loads(file.metadata()["prompts"])
             arrays = {name: file.get_tensor(name) for name in file.keys() if name not in unwanted}  # noqa: SIM118
-        tables: dict[str, dict[str, Array]] = {"steps": {}, "branches": {}, "prompts": {}}
+        tables: dict[str, dict[str, Array]] = {"steps": {}, "branches": {}, "bushes": {}, "prompts": {}}
         for name, array in arrays.items():
             table, _, column = name.partition(".")
             tables[table][column] = array
@@ -161,6 +172,7 @@ def _read_shard(path: Path, unwanted: Collection[str]) -> Parts:
             Prompts(words["category"], words["name"], words["finish"], **tables["prompts"]),
             Steps(**tables["steps"]),
             Branches(**tables["branches"]),
+            Bushes(**tables["bushes"]) if tables["bushes"] else None,
         )
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise TraceError(f"{path}: {str(error) or type(error).__name__}") from error
@@ -178,11 +190,13 @@ def shard_sizes(path: Path) -> Counts:
 
 def _concatenate(parts: Seq[Parts]) -> Parts:
     """Parts as one, indices counted on. Arrays that one of them lacks are left out."""
-    steps, branches = [], []
+    steps, branches, bushes = [], [], []
     prompt = step = 0
-    for prompts, own, theirs in parts:
+    for prompts, own, theirs, off in parts:
         steps.append(replace(own, prompt=own.prompt + np.int32(prompt)))
         branches.append(replace(theirs, step=theirs.step + np.int32(step)))
+        if off is not None:
+            bushes.append(replace(off, step=off.step + np.int32(step)))
         prompt, step = prompt + len(prompts.name), step + len(own.pos)
     every = [part[0] for part in parts]
     prompts = Prompts(
@@ -192,7 +206,7 @@ def _concatenate(parts: Seq[Parts]) -> Parts:
         tokens=np.concatenate([some.tokens for some in every]),
         ids=np.concatenate([some.ids for some in every]),
     )
-    return prompts, _stack(steps), _stack(branches)
+    return prompts, _stack(steps), _stack(branches), _stack(bushes) if len(bushes) == len(parts) else None
 
 
 def _stack(tables: Seq[Rows]) -> Rows:
@@ -264,5 +278,5 @@ def join(traces: Seq[Trace]) -> Trace:
         hidden=min(each.hidden for each in manifests),
         target_hidden=min(each.target_hidden for each in manifests),
     )
-    joined = Trace(manifest, *_concatenate([(each.prompts, each.steps, each.branches) for each in traces]))
+    joined = Trace(manifest, *_concatenate([(t.prompts, t.steps, t.branches, t.bushes) for t in traces]))
     return replace(joined, manifest=msgspec.structs.replace(manifest, counts=_sizes(joined)))

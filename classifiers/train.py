@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from classifiers import head_data, head_metrics, stop_time, traces
+from classifiers import head_data, head_metrics, stop_time, traces, tree_heads
 from classifiers.head_data import DataError, Rows
 from classifiers.head_fit import Fitted, Plan, calibrate, fit
 from classifiers.step_costs import StepCosts
@@ -46,6 +46,7 @@ from engine.speculation.heads import (
 )
 from engine.speculation.policy import policies
 from engine.speculation.scoring import score
+from engine.speculation.tree import rules
 
 SPLIT_SEED = 0
 BOUNDS = {"specdec_pp": (2, 20)}
@@ -87,6 +88,8 @@ class Material:
 
     def rows(self, part: Literal["train", "validation"], options: TrainOptions, fed: bool) -> Rows:
         trace = self.train if part == "train" else self.validation
+        if options.kind == "c2t":
+            return tree_heads.rows(trace, options.read())
         soft = options.kind == "specdec_pp"
         return head_data.rows(trace, self.starts[part], options.read(), soft=soft, fed=fed)
 
@@ -143,7 +146,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
             highlight=False,
             soft_wrap=True,
         )
-    served = options.kind in policies()
+    served = options.kind in policies() or options.kind in rules()
     use = f"serve it with --head {path}" if served else "no policy reads this kind: it is for comparison"
     console.print(f"done: {path}; {use}", highlight=False, soft_wrap=True)
     return path
@@ -178,6 +181,8 @@ def _candidates(options: TrainOptions, material: Material) -> Iterator[Candidate
 
 def tuned(head: Head, starts: Starts, costs: StepCosts) -> tuple[HeadOptions, float]:
     """The threshold and the cap of least time per token on these texts, and its ms per token."""
+    if head.kind == "c2t":
+        return tree_heads.tuned(head, starts.trace, costs)
     least, most = BOUNDS.get(head.kind, (0, stop_time.LONGEST))
     product = head.kind == "specdec_pp"
     rule, ms = stop_time.tune(

@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 
 from engine.types import GenerateRequest, ModelInfo, StepStats, TokenEvent
 
-EngineState = Literal["loading", "ready", "restarting", "dead", "closed"]
+EngineState = Literal["loading", "ready", "stalled", "restarting", "dead", "closed"]
+"""Stalled: no step has ended for so long that it may have hung; it recovers, or is restarted."""
 
 
 class EngineClient(Protocol):

@@ -13,6 +13,7 @@ from engine.client import EngineState
 from engine.messages import (
     Abort,
     Add,
+    Alive,
     Cut,
     Fault,
     FromEngine,
@@ -140,8 +141,10 @@ class ClientBase:
             self._info, self._state, self._why = message.info, "ready", ""
         elif isinstance(message, LoadFailed):
             self._why = f"the engine could not be loaded: {message.reason}"
+        elif isinstance(message, Fault):
+            self._why = message.reason
         else:
-            self._deliver_fault(message)
+            assert isinstance(message, Alive)
 
     def _deliver_step(self, message: Stepped) -> None:
         for ticket, event in zip(message.tickets, message.events, strict=True):
@@ -164,13 +167,6 @@ class ClientBase:
             if stream.grammar is not None and stream.grammar.key == key:
                 self._send(Grammar(stream.grammar))
                 return
-
-    def _deliver_fault(self, message: Fault) -> None:
-        self._why = message.reason
-        for ticket in message.tickets:
-            if (stream := self._streams.get(ticket)) is not None:
-                event = TokenEvent(id=stream.request_id, finish_reason="error", error=message.reason)
-                self._end(ticket, event)
 
     def _lose(self, state: EngineState, why: str) -> None:
         """The engine is gone: fails every open request."""

@@ -8,6 +8,7 @@ import msgspec
 
 Quantization = Literal["none", "int8", "fp8", "int4"]
 RunnerKind = Literal["auto", "fused", "reference"]
+Offload = Literal["none", "target"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -15,8 +16,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One engine process.
 
     `target`: a model reference (`engine.models.load`). `draft`: "none", "ngram", "default" (the one
-    that ships for the target), "self:N" or a model reference. `policy` and `policy_options` are the
-    default of requests that name none. `heads` are files of trained heads for policies; those that
+    that ships for the target), "self:N" or a model reference. `drafter`, `policy` and `policy_options` are the
+    default of requests that name none; without a `drafter` the best that there is drafts chains, and one that
+    drafts trees takes the options itself. `heads` are files of trained heads for policies; those that
     ship for the pair are found by themselves. `policy_state` is a file for what policies learn over
     all requests; it is read at start and written now and then.
     `kv_blocks` None takes `memory_fraction` of what the models leave; `max_model_len` None is the
@@ -26,6 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     target: str
     draft: str = "ngram"
+    drafter: str | None = None
     policy: str = "goodput"
     policy_options: dict[str, Any] = {}
     heads: tuple[str, ...] = ()
@@ -44,5 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Quantization = "none"  # of the target's weights: another model, in the end
     draft_quantization: Quantization = "none"  # of the draft's: changes only what is accepted
     runner: RunnerKind = "auto"  # "auto": fused on a GPU where the model is of the Llama family
+    offload: Offload = "none"  # "target": its layers are in pinned host memory and streamed in every pass
+    resident_layers: int | None = None  # of an offloaded target, on the GPU; None: as many as fit
+    offload_buffers: int = 2  # on the GPU, a layer each
 
     block_size: int = 16

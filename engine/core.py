@@ -13,17 +13,20 @@ from engine.config import EngineConfig
 from engine.constraints import constraint_of
 from engine.drafting import Drafting
 from engine.finish import cut, score_output, score_prompt
-from engine.flight import Asked, Flight, event_of
+from engine.flight import NO_MEMORY, Asked, Flight, event_of
 from engine.measure import measured
+from engine.memory_faults import is_out_of_memory
 from engine.models.runner import Batch, Chunk
 from engine.parts import Parts, build, target_lane
+from engine.rescue import Rescue
 from engine.scheduler import PlanRow, Scheduler
 from engine.sequence import Sequence
 from engine.speculation.costs import EngineCosts
 from engine.speculation.drafters.base import Verdict
 from engine.speculation.memory import Memory
 from engine.speculation.policy import options_of
-from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
+from engine.speculation.tree import rules, tree_options
+from engine.types import GenerateRequest, InvalidRequest, SpeculationParams, StepStats, TokenEvent
 from engine.validate import validate
 
 _SHORT = 16  # tokens: passes over rows of no more, prompts too, are readied at start
@@ -52,6 +55,7 @@ class Engine:
         self._arrivals = 0
         self._generated = self._uncounted = 0  # tokens since start
         self._flight: Flight | None = None
+        self._rescue = Rescue(self._again, self._give_up)
         self._overlaps = device.type == "cuda"
         longest = max(_SHORT, config.max_sl + 1 if self._parts.drafters else 1)
         self._parts.target.warm(config.max_num_seqs, longest)
@@ -75,11 +79,7 @@ class Engine:
             raise InvalidRequest(f"a request with id {request.id!r} is already open", "id")
         params, asked = request.params, request.speculation
         drafter = asked.drafter or self.info.default_drafter
-        policy = asked.policy or self.info.default_policy
-        default = self.info.default_options if policy == self.info.default_policy else {}
-        options = options_of(policy, default if asked.options is None else asked.options)
-        if asked.options is not None and drafter in self._tables:
-            self._tables[drafter].check(policy, options)
+        policy, options = self._governed(drafter, asked)
         constraint = constraint_of(
             params, self._parts.grammars, self.info.eos_token_ids, self.info.vocab_size
         )
@@ -103,6 +103,19 @@ class Engine:
         self._arrivals += 1
         self._sequences[request.id] = seq
         self._scheduler.add(seq)
+
+    def _governed(self, drafter: str, asked: SpeculationParams) -> tuple[str, object]:
+        """Who stops drafts, with its options. Raises InvalidRequest."""
+        if drafter in rules():
+            default = self.info.default_options if drafter == self.info.default_drafter else {}
+            return "none", tree_options(drafter, default if asked.options is None else asked.options)
+        policy = asked.policy or self.info.default_policy
+        chains = self.info.default_drafter not in rules()
+        default = self.info.default_options if chains and policy == self.info.default_policy else {}
+        options = options_of(policy, default if asked.options is None else asked.options)
+        if asked.options is not None:
+            self._drafting.check(drafter, policy, options)
+        return policy, options
 
     def abort(self, request_id: str) -> None:
         """Forgets a request and frees what it held; an unknown id is no error (it may just have ended)."""
@@ -153,13 +166,37 @@ class Engine:
             row.seq.scheduled = row.seq.scheduled or now
         asked = Asked(planning=self._drafting.seconds_asked())
         flight = Flight(rows, begin, time.perf_counter(), asked=asked)
-        flight.drafts = self._drafting.begin(rows)
-        if rows and not flight.drafts:
-            self._run_target(rows, flight)
+        flight.read = [row.seq.draft_kv_len for row in rows]
+        try:
+            flight.drafts = self._drafting.begin(rows)
+            if rows and not flight.drafts:
+                self._run_target(rows, flight)
+        except Exception as error:  # raised when it ends: the events of the iteration before go out first
+            flight.error = error
         return flight
 
     def _finish(self, flight: Flight) -> list[PlanRow]:
-        """Waits for the drafts, verifies, commits: the rows, but for those that were aborted meanwhile."""
+        """The rows, but for those that were aborted meanwhile."""
+        try:
+            return self._land(flight)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        flight.error = None
+        rows = self._rescue.land(flight)
+        flight.verified, flight.at = time.perf_counter(), time.monotonic()
+        return rows
+
+    def _again(self, rows: list[PlanRow], flight: Flight) -> None:
+        flight.taught = True  # there is nothing to teach
+        self._run_target(rows, flight)
+        self._verify(rows, flight)
+        self._commit_all(rows)
+
+    def _land(self, flight: Flight) -> list[PlanRow]:
+        """Waits for the drafts, verifies, commits."""
+        if flight.error is not None:
+            raise flight.error
         self._drafting.finish(flight)
         rows = [row for row in flight.rows if row.seq.status == "running"]
         if rows:
@@ -168,8 +205,7 @@ class Engine:
             self._verify(rows, flight)
             flight.verified, flight.at = time.perf_counter(), time.monotonic()
             flight.asked.verifying = self._drafting.seconds_asked()
-            for row in rows:
-                self._commit(row)
+            self._commit_all(rows)
             self._drafting.observe_costs(rows, flight)
         return rows
 
@@ -183,13 +219,13 @@ class Engine:
             flight.logits, flight.verdict = self._lane.begin(seqs, drafts)
             flight.taught = self._drafting.teach_ahead(rows, self._lane.answer)
         else:
-            prompts = self._drafting.prompts_to_read(rows)  # policies may be asked: before the device is busy
+            # Policies may be asked: before the device is busy.
+            prompts = [] if flight.rescued else self._drafting.prompts_to_read(rows)
             chunks = [_chunk(row) for row in rows]
             counts = [chunk.logits for chunk in chunks]
             batch = Batch.pack(chunks, self._blocks.block_size)
             flight.logits = self._parts.target.forward(batch)[:, : self.info.vocab_size]
-            for drafter, begun in prompts:
-                drafter.read(begun, self._parts.token_budget)
+            self._drafting.read(prompts)
         for row, part in zip(rows, flight.logits.split_with_sizes(counts), strict=True):
             row.logits = part
 
@@ -207,10 +243,24 @@ class Engine:
         else:
             verdict, judged = self._verdict(sampling, flight.logits), sampling
         for i, row in enumerate(judged):
-            row.accepted, row.next_token = verdict.accepted[i], verdict.next_token[i]
+            row.path, row.next_token = verdict.path[i], verdict.next_token[i]
             row.failed = verdict.failed[i]
+        self._settle([row for row in sampling if row.draft.tokens and not row.failed])
         if not flight.taught:
             self._drafting.teach(sampling)
+
+    def _settle(self, rows: list[PlanRow]) -> None:
+        """Moves the KV of trees' accepted ways to where the next tokens' belongs: slot is position again."""
+        moves = []
+        for row in rows:
+            at, size, blocks = row.seq.kv_len + row.tokens, self._blocks.block_size, row.seq.blocks
+            for to, k in enumerate(row.path):
+                if to != k:
+                    slots = (blocks[n // size] * size + n % size for n in (at + k, at + to))
+                    moves.append((next(slots), next(slots)))
+        if moves:
+            self._parts.target.move(moves)
+        self._drafting.settle(rows)
 
     def _verdict(self, sampling: list[PlanRow], logits: Tensor) -> Verdict:
         tails = [_tail(row, len(row.draft.tokens) + 1) for row in sampling]
@@ -218,6 +268,20 @@ class Engine:
             logits = torch.cat(tails)
         seqs, drafts = [row.seq for row in sampling], [row.draft for row in sampling]
         return self._parts.verifier.verify(seqs, drafts, logits)
+
+    def _commit_all(self, rows: list[PlanRow]) -> None:
+        for row in rows:
+            try:
+                self._commit(row)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._give_up(row)
+
+    def _give_up(self, row: PlanRow) -> None:
+        """There is no memory for the row, even alone."""
+        row.failed, row.lost, row.new, row.finish = True, NO_MEMORY, [], None
+        self._end(row.seq)
 
     def _commit(self, row: PlanRow) -> None:
         """Moves the row on: KV lengths, tokens, and its end if it has come."""
@@ -273,6 +337,7 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             generated=self._generated,
             uncounted=self._uncounted,
+            speculation_faults=dict(self._drafting.faults.total),
         )
 
 
@@ -282,7 +347,8 @@ def _chunk(row: PlanRow) -> Chunk:
     tokens = seq.tokens[seq.kv_len : seq.kv_len + row.tokens] + row.draft.tokens
     scored = seq.params.prompt_logprobs is not None and seq.kv_len < seq.prompt_len
     # A chunk that does not sample gives its last logits all the same: they are checked for NaN.
-    return Chunk(tokens, seq.kv_len, seq.blocks, len(tokens) if scored else len(row.draft.tokens) + 1)
+    logits = len(tokens) if scored else len(row.draft.tokens) + 1
+    return Chunk(tokens, seq.kv_len, seq.blocks, logits, row.draft.branches(seq.kv_len))
 
 
 def _tail(row: PlanRow, count: int) -> Tensor:

@@ -1,21 +1,32 @@
-"""Drafting for the engine's rows: who may draft how much, whose prompt the draft reads, who is taught."""
+"""Drafting for the engine's rows: who may draft how much, whose prompt the draft reads, who is taught.
+
+Here faults of drafters and policies end: nothing is raised but what is fatal to the target, too.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.flight import Flight
+from engine.pairing import chain_options
 from engine.parts import Parts
 from engine.scheduler import PlanRow
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
 from engine.speculation.costs import EngineCosts
-from engine.speculation.drafters.base import Drafter, Drafts
+from engine.speculation.drafters.base import Drafted, Drafter, Drafts, RowDraft
+from engine.speculation.drafters.tree import TreeDrafter
+from engine.speculation.faults import DraftFault, Faults, PolicyFault
 from engine.speculation.policy import options_of
 from engine.speculation.stopwatch import Stopwatch
+from engine.speculation.tree import rules
+from engine.speculation.tree_table import TreeTable
+
+_LOOK = 10.0  # seconds between looks at what policies have learned
 
 
 class Drafting:
@@ -23,22 +34,33 @@ class Drafting:
 
     def __init__(self, config: EngineConfig, parts: Parts) -> None:
         self._parts, self._config = parts, config
-        self.tables = {
+        self.tables: dict[str, PolicyTable | TreeTable] = {
             name: PolicyTable(config.max_num_seqs, parts.target.device, equipment)
             for name, equipment in parts.equipment.items()
         }
+        self.tables |= {name: each.table() for name, each in rules().items() if name in parts.drafters}
         self.costs = EngineCosts()
         self._lately = dict.fromkeys(parts.drafters, True)  # whether any row drafted
         self._asking = Stopwatch()  # for limits, and teaching
+        self.faults = Faults()
+        self._looked = time.monotonic()
 
     def warm(self) -> None:
         """Readies the drafters and their tables for the configured policy."""
         policy, rows = self._config.policy, self._config.max_num_seqs
         for name, drafter in self._parts.drafters.items():
             table = self.tables[name]
-            table.check(policy, options_of(policy, self._config.policy_options))
+            table.check(policy, options_of(policy, chain_options(self._config)))
             drafter.warm(table, policy, rows)
             table.warm(policy, rows)
+
+    def check(self, drafter: str, policy: str, options: object) -> None:
+        """Raises InvalidRequest for options that the policy cannot compute with."""
+        if drafter in self.tables and not self.faults.off(drafter, policy):
+            try:
+                self.tables[drafter].check(policy, options)
+            except PolicyFault as fault:
+                self.faults.met(drafter, fault)
 
     def give_back(self, seq: Sequence) -> None:
         """The row has ended."""
@@ -57,30 +79,56 @@ class Drafting:
     def limits(self, decoding: list[Sequence]) -> list[tuple[int, str | None]]:
         """What each decoding row may draft: the policy's wish, within caps and the room that is left."""
         with self._asking:
+            self._look()
             wishes = self._wishes(decoding)
-        return [(0, None) if seq.id not in wishes else self._bounded(seq, wishes[seq.id]) for seq in decoding]
+        return [
+            self._bounded(seq, wishes[seq.id]) if seq.id in wishes else (0, self._why(seq))
+            for seq in decoding
+        ]
 
     def _wishes(self, decoding: list[Sequence]) -> dict[str, int]:
         wishes: dict[str, int] = {}
         for name, table in self.tables.items():
-            mine = [seq for seq in decoding if seq.drafter == name]
-            if mine:
-                table.load.refresh(self.costs.drafts[name], self.costs.verify, len(decoding), mix(decoding))
-                for seq in mine:
-                    if seq.slot < 0:
-                        table.take(seq)
-                asked = table.limits(mine)
+            while mine := [seq for seq in decoding if seq.drafter == name and self._trusted(seq)]:
+                try:
+                    table.load.refresh(
+                        self.costs.drafts[name], self.costs.verify, len(decoding), mix(decoding)
+                    )
+                    for seq in mine:
+                        if seq.slot < 0:
+                            table.take(seq)
+                    asked = table.limits(mine)
+                except Exception as error:
+                    self.faults.met(name, error)
+                    continue  # without those whose fault it was
                 wishes |= zip([seq.id for seq in mine], asked, strict=True)
                 self._lately[name] = any(map(min, asked, [seq.max_sl for seq in mine]))
+                break
         return wishes
+
+    def _trusted(self, seq: Sequence) -> bool:
+        return not (seq.mistrusted or self.faults.off(seq.drafter, seq.policy))
+
+    def _why(self, seq: Sequence) -> str | None:
+        """Why a row that was not asked does not draft: it has no drafter, or a fault was met."""
+        return "drafter" if seq.drafter in self.tables else None
+
+    def _look(self) -> None:
+        """Now and then: a policy that has learned NaN would stop drafting for good, and say nothing."""
+        if time.monotonic() - self._looked > _LOOK:
+            self._looked = time.monotonic()
+            for name, table in self.tables.items():
+                for policy in table.heal():
+                    self.faults.met(name, PolicyFault(policy, "what it has learned is not finite: forgotten"))
 
     def _bounded(self, seq: Sequence, wish: int) -> tuple[int, str | None]:
         # A draft of k emits up to k + 1 tokens and writes KV for the newest token and all k.
+        left = self._parts.info.max_model_len - len(seq.tokens) - 1
         room = min(
-            seq.params.max_tokens - seq.generated - 1,
-            self._parts.info.max_model_len - len(seq.tokens) - 1,
-            self._parts.drafters[seq.drafter].room(seq),
+            seq.params.max_tokens - seq.generated - 1, left, self._parts.drafters[seq.drafter].room(seq)
         )
+        if seq.drafter in rules() and min(seq.max_sl, room) > 0:  # they bound the tree's depth
+            return min((wish, "policy"), (max(left, 0), "room"), key=lambda bound: bound[0])
         return min((wish, "policy"), (seq.max_sl, "cap"), (max(room, 0), "room"), key=lambda bound: bound[0])
 
     def begin(self, rows: list[PlanRow]) -> list[tuple[list[PlanRow], Drafts]]:
@@ -92,29 +140,79 @@ class Drafting:
             mine = [row for row in rows if row.sl > 0 and row.seq.drafter == name]
             unread = [(row.seq, len(row.seq.tokens) - 1) for row in mine if drafter.lags(row.seq)]
             if unread:
-                drafter.read(unread, self._parts.token_budget)
+                self._read(name, drafter, unread)
             chosen = []
             for row in mine:
                 if drafter.lags(row.seq):  # by more than one pass reads: the rest in the next iterations
                     row.draft.stop_reason = "room"
                 else:
                     chosen.append(row)
-            if chosen:
-                limits = [row.sl for row in chosen]
-                begun.append((chosen, drafter.begin([row.seq for row in chosen], limits, self.tables[name])))
+            if chosen and not self.faults.off(name, ""):
+                seqs, limits = [row.seq for row in chosen], [row.sl for row in chosen]
+                read = [seq.draft_kv_len for seq in seqs]
+                try:
+                    begun.append((chosen, drafter.begin(seqs, limits, self.tables[name])))
+                except Exception as error:
+                    self._fell(name, error, seqs, read)
         return begun
+
+    def _read(self, name: str, drafter: Drafter, rows: list[tuple[Sequence, int]]) -> None:
+        read = [seq.draft_kv_len for seq, _ in rows]
+        try:
+            drafter.read(rows, self._parts.token_budget)
+        except Exception as error:
+            self._fell(name, error, [seq for seq, _ in rows], read)
+
+    def _fell(self, drafter: str, error: Exception, seqs: list[Sequence], read: list[int]) -> None:
+        """The drafter raised: what it has read of these rows is what it had before."""
+        self.faults.met(drafter, error)
+        for seq, length in zip(seqs, read, strict=True):
+            seq.draft_kv_len = min(length, seq.draft_kv_len)
 
     def finish(self, flight: Flight) -> None:
         """Waits for the drafts that were begun."""
         for chosen, wait in flight.drafts:
-            drafted = wait()
+            drafted = self._drafted(chosen, wait)
             for row, draft in zip(chosen, drafted.rows, strict=True):
                 draft.stop_reason = draft.stop_reason or row.sl_reason
                 row.draft = draft
-                if row.seq.constraint is not None:
+                if row.seq.constraint is not None and draft.parents is None:  # trees are drafted under it
                     row.seq.constraint.trim(row.seq, draft)
             for count, seconds in drafted.steps:
                 self.costs.drafts[chosen[0].seq.drafter].observe(count, count, seconds)
+
+    def _drafted(self, rows: list[PlanRow], wait: Drafts) -> Drafted:
+        """What came of a draft, after a fault without those rows' trust in it."""
+        seqs, name = [row.seq for row in rows], rows[0].seq.drafter
+        read = [seq.draft_kv_len for seq in seqs]
+        try:
+            drafted = wait()
+        except Exception as error:
+            self._fell(name, error, seqs, read)
+            return Drafted([RowDraft(stop_reason="drafter") for _ in rows])
+        if drafted.fault is not None:
+            self.faults.met(name, drafted.fault)
+        unsound = [seq for seq, draft in zip(seqs, drafted.rows, strict=True) if draft.unsound]
+        for seq in unsound:  # its draft KV may hold NaN, which no other request is to find in a cached block
+            seq.mistrusted = True
+            seq.draft_kv_len = 0 if seq.table is None else seq.table.draft_tokens
+        if unsound:
+            self.faults.met(name, DraftFault(f"the draft of {len(unsound)} of {len(rows)} rows gave NaN"))
+        return drafted
+
+    def settle(self, rows: list[PlanRow]) -> None:
+        """Tells tree drafters which ways were accepted, before the rows get their tokens."""
+        for row in rows:
+            drafter, table = self._parts.drafters[row.seq.drafter], self.tables[row.seq.drafter]
+            if isinstance(drafter, TreeDrafter) and isinstance(table, TreeTable):
+                if row.draft.parents is not None:
+                    drafter.settle(row.seq, row.draft, row.path)
+                table.judged(row.seq, row.draft, row.path)
+
+    def read(self, prompts: list[tuple[Drafter, list[tuple[Sequence, int]]]]) -> None:
+        """Queues the reading of `prompts_to_read`."""
+        for drafter, begun in prompts:
+            self._read(begun[0][0].drafter, drafter, begun)
 
     def prompts_to_read(self, rows: list[PlanRow]) -> list[tuple[Drafter, list[tuple[Sequence, int]]]]:
         """What drafters read beside the target, for those rows that will draft by all that is known."""
@@ -133,17 +231,23 @@ class Drafting:
     def _drafts(self, seq: Sequence) -> bool:
         """Whether its policy lets it draft; one that learns, if it let any row lately."""
         table = self.tables[seq.drafter]
-        if table.learns(seq):
-            return self._lately[seq.drafter]
-        with self._asking:
-            if seq.slot < 0:
-                table.take(seq)
-            return table.limits([seq]) != [0]
+        if not self._trusted(seq):
+            return False
+        try:
+            if table.learns(seq):
+                return self._lately[seq.drafter]
+            with self._asking:
+                if seq.slot < 0:
+                    table.take(seq)
+                return table.limits([seq]) != [0]
+        except Exception as error:
+            self.faults.met(seq.drafter, error)
+            return False
 
     def teach_ahead(self, rows: list[PlanRow], answer: Tensor) -> bool:
         """Tells the policies of verdicts that only the device knows yet.
 
-        answer int32[3, >= rows]: tokens that stand, the next token, whether the row is sound. False if that
+        answer int32[>= 3, >= rows]: tokens that stand, the next token, whether the row is sound. False if that
         could not be: `teach` must be called.
         """
         learning = [(name, table, self._learning(name, rows)) for name, table in self.tables.items()]
@@ -151,8 +255,13 @@ class Drafting:
         if len(learning) != 1 or len(learning[0][2]) < len(rows):
             return not learning
         drafted = [row.draft.drafted for row in rows]
-        with self._asking:
-            return learning[0][1].observe_ahead([row.seq for row in rows], drafted, answer[::2, : len(rows)])
+        name, table, _ = learning[0]
+        try:
+            with self._asking:
+                return table.observe_ahead([row.seq for row in rows], drafted, answer[:3:2, : len(rows)])
+        except Exception as error:
+            self.faults.met(name, error)
+            return True  # nobody is to be told
 
     def teach(self, rows: list[PlanRow]) -> None:
         """Tells the policies that learn what became of these rows' drafts."""
@@ -160,12 +269,16 @@ class Drafting:
             learning = [row for row in self._learning(name, rows) if not row.failed]
             if learning:
                 drafted, accepted = [r.draft.drafted for r in learning], [r.accepted for r in learning]
-                with self._asking:
-                    table.observe([row.seq for row in learning], drafted, accepted)
+                try:
+                    with self._asking:
+                        table.observe([row.seq for row in learning], drafted, accepted)
+                except Exception as error:
+                    self.faults.met(name, error)
 
     def _learning(self, drafter: str, rows: list[PlanRow]) -> list[PlanRow]:
         table = self.tables[drafter]
-        return [row for row in rows if row.decodes and row.seq.drafter == drafter and table.learns(row.seq)]
+        mine = [row for row in rows if row.decodes and row.seq.drafter == drafter and self._trusted(row.seq)]
+        return [row for row in mine if table.learns(row.seq)]
 
     def observe_costs(self, rows: list[PlanRow], flight: Flight) -> None:
         """Only of iterations without prefill: what verifying alone took, and what they gave."""
@@ -197,4 +310,4 @@ class Drafting:
 
 def mix(seqs: Seq[Sequence]) -> frozenset[str]:
     """Who stops the drafts of these rows."""
-    return frozenset("none" if seq.drafter == "none" else seq.policy for seq in seqs)
+    return frozenset(seq.drafter if seq.drafter == "none" or seq.drafter in rules() else seq.policy for seq in seqs)

@@ -18,7 +18,7 @@ def cut(row: PlanRow, eos_ids: Seq[int]) -> tuple[list[int], FinishReason | None
     if not row.samples:
         return [], None, None
     params, constraint = row.seq.params, row.seq.constraint
-    tokens = [*row.draft.tokens[: row.accepted], row.next_token]
+    tokens = [*(row.draft.tokens[k] for k in row.path), row.next_token]
     room = params.max_tokens - row.seq.generated
     ends = {*params.stop_token_ids} if params.ignore_eos else {*params.stop_token_ids, *eos_ids}
     for k in range(min(len(tokens), room) + 1):
@@ -39,7 +39,8 @@ def score_output(row: PlanRow, logits: Tensor, new: list[int]) -> tuple[TokenLog
     if top is None:
         return None
     verified = logits[len(logits) - len(row.draft.tokens) - 1 :]
-    return tuple(logprobs.gather(verified[: len(new)], new, top))
+    places = [0, *(k + 1 for k in row.path)][: len(new)]
+    return tuple(logprobs.gather(verified[places], new, top))
 
 
 def score_prompt(row: PlanRow, logits: Tensor) -> None:

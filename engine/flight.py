@@ -12,6 +12,7 @@ from engine.speculation.drafters.base import Drafts, Verdict
 from engine.types import TokenEvent
 
 BAD_LOGITS = "the model gave NaN or infinite logits for this request"
+NO_MEMORY = "there was not enough memory for this request's next tokens, even alone"
 
 
 @dataclass
@@ -41,6 +42,9 @@ class Flight:
     logits: Tensor | None = None
     verdict: Callable[[], Verdict] | None = None  # waits for it, where it was begun with the pass
     taught: bool = False  # policies have been told of it
+    read: list[int] = field(default_factory=list)  # by row: what the draft had read of it when it began
+    error: Exception | None = None  # what ended its begin
+    rescued: bool = False  # it runs again, without drafts
 
     @property
     def draft_seconds(self) -> float:
@@ -68,13 +72,15 @@ def event_of(row: PlanRow, flight: Flight) -> TokenEvent:
         prompt_logprobs=tuple(seq.prompt_logprobs) if row.first and seq.prompt_logprobs else None,
         finish_reason="error" if row.failed else row.finish,
         stop_token_id=row.stop_token,
-        error=BAD_LOGITS if row.failed else error,
+        error=(row.lost or BAD_LOGITS) if row.failed else error,
         refused=refused,
         policy="none" if seq.drafter == "none" else seq.policy,
         drafter=seq.drafter,
         iterations=iterations,
         drafted=row.draft.drafted,
+        lookahead=row.draft.lookahead,
         accepted=min(row.accepted, len(row.new)),
+        bonus=bool(row.draft.tokens) and row.draft.ends_with(row.path),
         stop_reason=row.draft.stop_reason,
         draft_seconds=flight.draft_seconds if row.draft.drafted else 0.0,
         verify_seconds=flight.verify_seconds if iterations else 0.0,

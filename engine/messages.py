@@ -80,15 +80,21 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
     left: list[int] = []
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """No step has ended, and yet all is well. `unbounded`: work has begun whose time has no bound, until the
+    next message."""
+
+    unbounded: bool = False
+
+
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
-    """The engine raised: the requests of these tickets failed. The last message."""
+    """The engine raised, and what it had open is lost. The last message."""
 
     reason: str
-    tickets: list[int]
 
 
 ToEngine = Add | Abort | Cut | Grammar | Stop
-FromEngine = Ready | LoadFailed | Refused | GrammarWanted | Stepped | Fault
+FromEngine = Ready | LoadFailed | Refused | GrammarWanted | Stepped | Alive | Fault
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

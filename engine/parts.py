@@ -19,18 +19,32 @@ from engine.kv.blocks import BlockManager
 from engine.kv.pool import LayerShape, bytes_per_block
 from engine.models import fingerprint, load
 from engine.models.decoder import unsupported
+from engine.models.offload import LayerStream
 from engine.models.packed import PackedWeights
 from engine.models.quantize import quantize_linears, shared_weights
 from engine.models.reference import ReferenceRunner
 from engine.models.runner import Runner
-from engine.pairing import ConfigError, heads_of, load_draft_model, named_heads, shown
+from engine.offloading import host_memory, offloaded, refuse
+from engine.pairing import (
+    ConfigError,
+    default_drafter,
+    default_options,
+    draft_of,
+    heads_of,
+    load_draft_model,
+    named_heads,
+    refuse_strangers,
+    shown,
+)
 from engine.speculation.drafters.base import Drafter
 from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.drafters.ngram import NgramDrafter
+from engine.speculation.drafters.tree import TreeDrafter
 from engine.speculation.heads import Head
 from engine.speculation.load import Load
 from engine.speculation.noise import CounterDraws, GumbelNoise, RandomSource
-from engine.speculation.policy import Equipment, options_of, refusals
+from engine.speculation.policy import Equipment, refusals
+from engine.speculation.tree import rules
 from engine.speculation.verifier import Verifier
 from engine.types import ModelInfo
 
@@ -61,17 +75,25 @@ def build(config: EngineConfig) -> Parts:
     dtype = load.pick_dtype(config.dtype, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    refuse(config, device)
+    offload, free_on_host = config.offload == "target", host_memory()
     named = named_heads(config)
     tokenizer = load.load_tokenizer(config.target, config.trust_remote_code)
+    draft_of(config, tokenizer)  # before minutes of loading
+    refuse_strangers(named, config, tokenizer)
     model = load.load_model(
-        config.target, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
+        config.target,
+        dtype=dtype,
+        device="cpu" if offload else device,
+        trust_remote_code=config.trust_remote_code,
     )
     eos_ids = load.eos_token_ids(model, tokenizer)
     vocab = min(load.real_vocab_size(tokenizer), int(model.config.get_text_config().vocab_size))
     draft_model = load_draft_model(config, model, tokenizer, dtype, device)
     _quantize(config, model, draft_model)
+    stream = offloaded(config, model, device, free_on_host) if offload else None
     packed: PackedWeights | None = {} if device.type == "cpu" and dtype == torch.float32 else None
-    target = _runner(config, model, packed)
+    target = _runner(config, model, packed, stream)
     draft = None if draft_model is None else _runner(config, draft_model, packed)
     pair = {"target": fingerprint.of_model(config.target)}
     pair["draft"] = fingerprint.of_draft(config.draft, config.target, tokenizer) or config.draft
@@ -136,14 +158,19 @@ class AnyRunner(Runner, Protocol):
     def allocate(self, blocks: int) -> None: ...
 
 
-def _runner(config: EngineConfig, model: PreTrainedModel, packed: PackedWeights | None) -> AnyRunner:
-    """The fused runner where it can, the reference runner elsewhere."""
+def _runner(
+    config: EngineConfig,
+    model: PreTrainedModel,
+    packed: PackedWeights | None,
+    stream: LayerStream | None = None,
+) -> AnyRunner:
+    """The fused runner where it can, the reference runner elsewhere. `stream`: of an offloaded model."""
     if config.runner != "reference":
         refused = _not_fused(model)
         if refused is None:
             from engine.models.fused import FusedRunner  # imports triton
 
-            return FusedRunner(model, config.block_size)
+            return FusedRunner(model, config.block_size, stream)
         if config.runner == "fused":
             raise ConfigError(f"runner 'fused': {refused}")
         if model.device.type == "cuda":
@@ -183,20 +210,27 @@ def assemble(
     random = random or CounterDraws()
     drafters: dict[str, Drafter] = {}
     equipment: dict[str, Equipment] = {}
+    absent: dict[str, str] = {}
     if config.draft != "none":
         drafters["ngram"] = NgramDrafter(target.device)
         equipment["ngram"] = Equipment(Load(target.device))
     if draft is not None:
         model = ModelDrafter(draft, manager, vocab, eos_ids, noise, random, config.max_sl)
         drafters["model"] = model
-        equipment["model"] = Equipment(Load(target.device, model.loops), heads or {}, draft.hidden_size)
+        equipment["model"] = own = Equipment(Load(target.device, model.loops), heads or {}, draft.hidden_size)
+        lacking = {name: each.missing(own) for name, each in rules().items()}
+        absent = {name: reason for name, reason in lacking.items() if reason is not None}
+        drafters |= {
+            name: TreeDrafter(each.equipped(own), model, max_model_len)
+            for name, each in rules().items()
+            if name not in absent
+        }
         if draft.vocab_size < vocab:
             raise ConfigError(
                 f"the vocabulary of draft {config.draft!r} has {draft.vocab_size} ids, the target's {vocab}: "
                 "the draft could not read every token"
             )
-    options = options_of(config.policy, config.policy_options)
-    default = "model" if draft is not None else "ngram" if drafters else "none"
+    options, default = default_options(config), default_drafter(config, tuple(drafters), absent)
     refused = {name: refusals(each) for name, each in equipment.items()}
     if (reason := refused.get(default, {}).get(config.policy)) is not None:
         raise ConfigError(f"policy {config.policy!r} cannot govern drafter {default!r}: {reason}")
@@ -217,6 +251,7 @@ def assemble(
         default_options={name: getattr(options, name) for name in options.__struct_fields__},
         max_sl=config.max_sl,
         refusals=refused,
+        absent=absent,
         heads={kind: shown(head) for kind, head in (heads or {}).items()},
     )
     budget = config.token_budget or (2048 if target.device.type == "cuda" else 256)

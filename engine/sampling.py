@@ -29,14 +29,21 @@ class Place:
 
 
 def scaled_logits(
-    logits: Tensor, places: Seq[Place], eos_ids: Seq[int], *, drafting: bool = False, masks: bool = True
+    logits: Tensor,
+    places: Seq[Place],
+    eos_ids: Seq[int],
+    *,
+    drafting: bool = False,
+    masks: bool = True,
+    heat: Seq[float] | None = None,
 ) -> Tensor:
     """float[M, V] whose softmax is the law at each place; -inf where the law is 0.
 
     Greedy rows keep their adjusted logits unscaled and unfiltered: only their argmax matters. Where a
     request's masks leave nothing, there is no law: nobody asks for it when verifying, and the masks are
     left out; all is -inf when `drafting`, so that no draft goes on there.
-    Without `masks` only min_tokens' is applied: a draft may propose what it likes.
+    Without `masks` only min_tokens' is applied: a draft may propose what it likes. `heat`: temperatures, above
+    0, to use in place of the requests' own; filters are still those of the requests that sample.
     `logits` [M, V] is not changed. The result is float32, or float64 for float64 logits.
     """
     out = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -50,10 +57,11 @@ def scaled_logits(
         out = out.clone() if out is logits else out
         _mask(out, masked, places, drafting)
     params = [place.seq.params for place in places]
-    if all(p.temperature == 0 for p in params):
+    heat = [p.temperature for p in params] if heat is None else heat
+    if not any(heat):
         return out
-    temperature = torch.tensor([p.temperature or 1.0 for p in params], dtype=out.dtype, device=out.device)
-    if any(0 < p.temperature < _TINY for p in params):  # from the maximum down: what overflows is a law of 0
+    temperature = torch.tensor([t or 1.0 for t in heat], dtype=out.dtype, device=out.device)
+    if any(0 < t < _TINY for t in heat):  # from the maximum down: what overflows is a law of 0
         out = out - out.amax(-1, keepdim=True)
     out = out / temperature[:, None].clamp(min=torch.finfo(out.dtype).tiny)
     filtered = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from engine.kv.blocks import BlockManager
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import RowDraft
 from engine.types import FinishReason, TokenLogprob
+from engine.waiting import Waiting
 
 MIN_CHUNK = 16  # tokens of prefill that a step makes however many rows decode
 
@@ -36,15 +38,21 @@ class PlanRow:
     logits: Tensor | None = (
         None  # the target's [k, V] of this row; the last len(draft) + 1 are the verifier's
     )
-    accepted: int = 0
+    path: Seq[int] = ()  # the nodes of the draft that stand
     next_token: int = -1
     failed: bool = False  # NaN or infinite logits
+    lost: str | None = None  # why it failed, if not for its logits
 
     new: list[int] = field(default_factory=list)  # tokens that the request gets
     first: bool = False  # among them its first
     finish: FinishReason | None = None
     stop_token: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens that stand."""
+        return len(self.path)
 
     def __post_init__(self) -> None:
         assert self.tokens > 0, "a running row always has a pending token"
@@ -66,18 +74,22 @@ class Scheduler:
     ) -> None:
         self._on_preempt = on_preempt
         self._blocks, self._max_num_seqs, self._budget = blocks, max_num_seqs, token_budget
-        self.waiting: list[Sequence] = []  # sorted by rank, as is running
-        self.running: list[Sequence] = []
+        self.waiting = Waiting()
+        self.running: list[Sequence] = []  # sorted by rank
         self.preemptions = 0
         self._stuck: Sequence | None = None  # the last row that did not fit, and the free blocks then
         self._stuck_at = 0
 
     def add(self, seq: Sequence) -> None:
-        insort(self.waiting, seq, key=lambda s: s.rank)
+        self.waiting.add(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Takes a finished or aborted sequence out and frees its blocks."""
-        (self.running if seq.status == "running" else self.waiting).remove(seq)
+        if seq.status == "running":
+            self.running.remove(seq)
+            self.waiting.count((seq,))
+        else:
+            self.waiting.remove(seq)
         seq.status = "finished"
         self._release(seq)
 
@@ -98,8 +110,10 @@ class Scheduler:
         return rows
 
     def _admit(self, rows: list[PlanRow], budget: int) -> None:
+        if self.waiting:
+            self.waiting.count(self.running)
         while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
-            seq = self.waiting[0]
+            seq = self.waiting.next()
             if seq is self._stuck and self.running and self._blocks.free_blocks <= self._stuck_at:
                 return  # it would not fit now either: not looked up again in every step
             free = self._blocks.free_blocks
@@ -109,7 +123,7 @@ class Scheduler:
                 self._release(seq)
                 self._stuck, self._stuck_at = seq, free
                 return
-            self.waiting.pop(0)
+            self.waiting.take(seq)
             seq.status = "running"
             insort(self.running, seq, key=lambda s: s.rank)
             take = min(seq.pending, budget)

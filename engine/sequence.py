@@ -39,10 +39,13 @@ class Sequence:
     slot: int = -1  # of the policies' state, while running
     policy_state: dict[str, Tensor] | None = None  # what the policy remembers, while preempted
     order: int = 0  # of arrival
+    aged: bool = False  # it got its place by having waited: no priority goes before it any more
+    counted: int = 0  # tokens of its output that its tenant was charged with
     status: Status = "waiting"
     draws: int = 0
     cached_tokens: int = 0
     started: bool = False  # the first event went out
+    mistrusted: bool = False  # its draft gave NaN: it goes on without
     scheduled: float | None = None  # when it first ran, by `time.monotonic`
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     ngrams: NgramIndex | None = None
@@ -80,9 +83,9 @@ class Sequence:
         return self.table.blocks if self.table is not None else []
 
     @property
-    def rank(self) -> tuple[int, float, int]:
+    def rank(self) -> tuple[bool, int, float, int]:
         """Who runs first and is preempted last: smallest."""
-        return self.request.priority, self.request.arrival, self.order
+        return not self.aged, self.request.priority, self.request.arrival, self.order
 
 
 class TokenCounts:

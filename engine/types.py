@@ -84,8 +84,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
     """Who proposes and who stops, for one request. None means the server's default.
 
-    `drafter`: "model", "ngram" or "none". `policy` and its `options`: see `engine.speculation`.
-    `max_sl` bounds the speculation lookahead whatever the policy says.
+    `drafter`: "model", "ngram", "none", or the name of a rule for trees, which takes the `options` itself and
+    no policy. `policy` and its `options`: see `engine.speculation`. `max_sl` bounds the speculation lookahead,
+    a tree's depth, whatever the policy says.
     """
 
     drafter: str | None = None
@@ -95,7 +96,9 @@ class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to generate. `priority`: lower runs first. `arrival`: seconds, any one clock."""
+    """One sequence to generate. `arrival`: seconds, any one clock. `tenant`: on whose behalf; places in the
+    batch are shared fairly between tenants. `priority`: within one, lower runs first.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -104,6 +107,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    tenant: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -119,9 +123,10 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     `token_ids` may be empty (a last event after an abort or an error). `iterations` is 0 for
     the pass of the target that gives the first token, which is prefill, and 1 for every later one, so that
-    sums over events are the request's speculation statistics. `accepted` counts emitted draft
-    tokens only. Seconds are this request's share of the step (the whole step's wall time: rows
-    run together).
+    sums over events are the request's speculation statistics. `drafted` counts all nodes of a tree, `lookahead`
+    those of its longest way; of a chain both are its tokens. `accepted` counts emitted draft tokens only;
+    `bonus` tells that nothing had been drafted behind them, where the target's own token came. Seconds are
+    this request's share of the step (the whole step's wall time: rows run together).
     """
 
     id: str
@@ -132,11 +137,13 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None  # the EOS or stop id that ended it (it is the last of token_ids)
     error: str | None = None  # with finish_reason "error"
     refused: bool = False  # with it: it is the request's own masks or grammar that cannot be followed
-    policy: str = "none"  # the policy that decided, "none" without a drafter
+    policy: str = "none"  # the policy that decided, "none" without a drafter and of a tree
     drafter: str = "none"
     iterations: int = 0
     drafted: int = 0
+    lookahead: int = 0
     accepted: int = 0
+    bonus: bool = False
     stop_reason: str | None = None  # why drafting stopped: policy, cap, room, drafter
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -174,6 +181,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0  # since start
     generated: int = 0  # tokens in all events since start
     uncounted: int = 0  # of these, those of aborted requests, and those behind a cut
+    speculation_faults: dict[str, int] = {}  # of drafters and their policies, by drafter, since start
     left: tuple[str, ...] = ()  # requests that their readers left: no event of them comes after this step
 
 
@@ -192,8 +200,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     drafters: tuple[str, ...]  # what requests may name
     default_drafter: str
-    default_policy: str
-    default_options: dict[str, Any]
+    default_policy: str  # of chains
+    default_options: dict[str, Any]  # of the default drafter if it drafts trees, else of the default policy
     max_sl: int
     refusals: dict[str, dict[str, str]] = {}  # by drafter: policies it cannot serve here, and why
-    heads: dict[str, dict[str, Any]] = {}  # by policy: of its trained head, what the API shows
+    absent: dict[str, str] = {}  # drafters that there are, but not here, and why
+    heads: dict[str, dict[str, Any]] = {}  # by policy or tree drafter: of its head, what the API shows

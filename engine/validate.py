@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from engine.speculation.policy import options_of
+from engine.speculation.tree import rules, tree_options
 from engine.types import (
     CompiledGrammar,
     GenerateRequest,
@@ -27,6 +28,7 @@ def validate(request: GenerateRequest, info: ModelInfo) -> None:
     if not request.id:
         raise InvalidRequest("id must not be empty", "id")
     _text(request.cache_salt, "cache_salt")
+    _text(request.tenant, "tenant")
     _integer(request.priority, "priority", -(2**63), 2**63 - 1)
     _number(request.arrival, "arrival")
     if not request.prompt_ids:
@@ -109,6 +111,12 @@ def _length(prompt: int, output: int, context: int) -> None:
 
 
 def _speculation(speculation: SpeculationParams, info: ModelInfo) -> None:
+    if (reason := info.absent.get(speculation.drafter or "")) is not None:
+        raise InvalidRequest(
+            f"drafter {speculation.drafter!r} cannot draft here: {reason}",
+            "speculation.drafter",
+            "drafter_unavailable",
+        )
     if speculation.drafter is not None and speculation.drafter not in info.drafters:
         raise InvalidRequest(
             f"unknown drafter {speculation.drafter!r}; this server has: {', '.join(info.drafters)}",
@@ -121,16 +129,26 @@ def _speculation(speculation: SpeculationParams, info: ModelInfo) -> None:
         if not isinstance(speculation.options, Mapping):
             raise InvalidRequest("options must be an object of names and values", "speculation.options")
         _finite(speculation.options, "speculation.options")
+    drafter = speculation.drafter or info.default_drafter
+    if drafter in rules():
+        if speculation.policy is not None:
+            message = f"drafter {drafter!r} ends its trees itself: it takes 'options', but no policy"
+            raise InvalidRequest(message, "speculation.policy")
+        tree_options(drafter, speculation.options)
+        return _max_sl(speculation, info)
     name = info.default_policy if speculation.policy is None else speculation.policy
     if speculation.policy is not None or speculation.options is not None:
         options_of(name, speculation.options)
-    drafter = speculation.drafter or info.default_drafter
     if (reason := info.refusals.get(drafter, {}).get(name)) is not None:
         raise InvalidRequest(
             f"policy {name!r} cannot govern drafter {drafter!r} here: {reason}",
             "speculation.drafter" if speculation.policy is None else "speculation.policy",
             "policy_unavailable",
         )
+    _max_sl(speculation, info)
+
+
+def _max_sl(speculation: SpeculationParams, info: ModelInfo) -> None:
     if speculation.max_sl is not None:
         _integer(speculation.max_sl, "speculation.max_sl", 0, info.max_sl)
 

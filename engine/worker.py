@@ -1,29 +1,22 @@
-"""The engine's loop, and the process that runs it.
-
-`serve` is the loop, over any `Channel`: a thread's queues (`LocalEngine`) or the socket of a
-process of its own (`WorkerEngine`), whose entry point is `main`.
+"""The engine's loop, over any `Channel`: a thread's queues (`LocalEngine`) or the socket of a process of its
+own (`WorkerEngine`; engine/worker_process.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import importlib
 import logging
-import multiprocessing
-import os
 import re
-import signal
-import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
-import zmq
-
 from engine.config import EngineConfig
+from engine.long_work import told
 from engine.messages import (
     Abort,
     Add,
+    Alive,
     Cut,
     Fault,
     FromEngine,
@@ -35,17 +28,14 @@ from engine.messages import (
     Stepped,
     Stop,
     ToEngine,
-    decode_to_engine,
-    encode,
 )
 from engine.reading import Reading, Unread
 from engine.types import CannotLoad, GenerateRequest, InvalidRequest, ModelInfo, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 
-_POLL_MS = 1000  # the longest the loop sleeps without looking whether its parent lives
 _READING = 0.005  # seconds that a loop without other work waits for a grammar between looks at its messages
-_LINGER_MS = 2000  # for the last message to leave
+_ALIVE = 0.25  # seconds between its signs of life meanwhile
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -116,21 +106,27 @@ def serve(load: Callable[[], EngineCore], channel: Channel) -> bool:
         channel.send(LoadFailed(str(error)))
         return False
     except Exception as error:
-        log.exception("the engine could not be loaded")
-        channel.send(LoadFailed(describe(error)))
+        from engine.memory_faults import advice, is_out_of_memory  # imports torch, as an engine has
+
+        if is_out_of_memory(error):
+            channel.send(LoadFailed(advice(error)))
+        else:
+            log.exception("the engine could not be loaded")
+            channel.send(LoadFailed(describe(error)))
         return False
     channel.send(Ready(info))
     loop = _Loop(engine, channel)
     try:
         try:
-            loop.run()
+            with told(lambda begins: channel.send(Alive(unbounded=begins))):
+                loop.run()
         except ClientGone:
             log.warning("the client is gone; the engine ends")
         engine.close()
     except Exception as error:
         # Nothing is known of the engine's state now, and a CUDA error outlives the call that met it.
         log.exception("the engine failed with %d requests open", len(loop.ids))
-        channel.send(Fault(f"the engine failed: {describe(error)}", list(loop.ids)))
+        channel.send(Fault(f"the engine failed: {describe(error)}"))
         return False
     finally:
         loop.reading.close()
@@ -146,6 +142,7 @@ class _Loop:
         self.tickets: dict[str, int] = {}  # and the way back
         self.reading = Reading()  # for some of these: the engine has not seen them yet
         self.left: list[int] = []  # tickets that their readers left since the last step
+        self.told = time.monotonic()  # when something was sent last, if it only waits for a grammar
 
     def run(self) -> None:
         """Returns when told to stop."""
@@ -162,6 +159,9 @@ class _Loop:
             self.go_on_with_the_read()
             if self.engine.has_work():
                 self.step()
+            elif self.reading.busy and time.monotonic() - self.told > _ALIVE:
+                self.told = time.monotonic()
+                self.channel.send(Alive())
 
     def add(self, message: Add) -> None:
         ticket, request = message.ticket, message.request
@@ -221,70 +221,7 @@ class _Loop:
                 del self.ids[self.tickets.pop(event.id)]
 
 
-class _SocketChannel:
-    """A connected PAIR socket, watched together with the parent process."""
-
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        parent = multiprocessing.parent_process()
-        if parent is None:
-            raise RuntimeError("the engine's process must be started by multiprocessing")
-        self.socket, self.parent = socket, parent
-        self.poller = zmq.Poller()
-        self.poller.register(socket, zmq.POLLIN)
-        self.poller.register(parent.sentinel, zmq.POLLIN)  # readable once the parent is gone
-
-    def receive(self, wait: bool) -> Sequence[ToEngine]:
-        ready = dict(self.poller.poll(_POLL_MS if wait else 0))
-        if self.parent.sentinel in ready:
-            raise ClientGone
-        messages: list[ToEngine] = []
-        with contextlib.suppress(zmq.Again):  # raised once it is drained
-            while self.socket in ready:
-                messages.append(decode_to_engine(self.socket.recv(zmq.NOBLOCK)))
-        return messages
-
-    def send(self, message: FromEngine) -> None:
-        data = encode(message)
-        while True:
-            try:
-                return self.socket.send(data)  # waits at most SNDTIMEO
-            except zmq.Again:
-                if not self.parent.is_alive():
-                    raise ClientGone from None
-
-
-def main(
-    endpoint: str, config: EngineConfig, factory: str, log_level: int, formatter: logging.Formatter | None
-) -> None:
-    """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault.
-
-    It logs to stderr, warnings too, as `formatter` writes lines; None: as text.
-    """
-    # These may reach the whole process group; ending the engine is its client's business.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    faulthandler.enable()
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter or logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=log_level, handlers=[handler])
-    logging.captureWarnings(True)
-    context = zmq.Context()
-    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
-    socket.setsockopt(zmq.LINGER, _LINGER_MS)
-    socket.setsockopt(zmq.SNDTIMEO, _POLL_MS)
-    socket.connect(endpoint)
-    try:
-        sound = serve(lambda: import_factory(factory)(config), _SocketChannel(socket))
-    except ClientGone:
-        sound = False
-    socket.close()
-    context.term()
-    # Without teardown: after a CUDA error it can hang, torch's alone takes seconds, and all is saved.
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(0 if sound else 1)
-
-
 def describe(error: Exception) -> str:
-    """An error for people who do not see the traceback."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """An error in one line, for people who do not see the traceback."""
+    first = str(error).strip().partition("\n")[0]  # torch goes on with advice for its developers
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

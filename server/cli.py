@@ -15,6 +15,8 @@ import typer
 from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
 from server.bench.command import bench
 from server.flags import fail, one_line_errors, settings_flags
+from server.keys import BadKeys, KeyRing
+from server.keys_command import key
 from server.settings import Settings
 from server.top import top
 
@@ -30,10 +32,12 @@ models = typer.Typer(help="The models that have a short name.", no_args_is_help=
 app.add_typer(models, name="models")
 app.command("bench")(bench)
 app.command("top")(top)
+app.command("key")(key)
 
 _ENGINE_FLAGS = (
     "target",
     "draft",
+    "drafter",
     "policy",
     "policy_options",
     "head",
@@ -46,6 +50,9 @@ _ENGINE_FLAGS = (
     "max_sl",
     "token_budget",
     "runner",
+    "offload",
+    "resident_layers",
+    "offload_buffers",
     "quantization",
     "draft_quantization",
     "threads",
@@ -56,15 +63,33 @@ _SERVER_FLAGS = (
     "host",
     "port",
     "api_key",
+    "api_key_file",
+    "ssl_certfile",
+    "ssl_keyfile",
     "served_model_name",
     "max_num_seqs",
     "prefix_cache",
-    "cors_origins",
+    "cors_origin",
+    "docs",
     "page",
     "max_body_bytes",
+    "read_seconds",
+    "write_seconds",
+    "max_connections",
+    "max_queued_requests",
+    "max_queued_tokens",
+    "max_request_seconds",
+    "key_concurrency",
+    "key_requests_per_minute",
+    "key_tokens_per_minute",
+    "max_n",
+    "max_sequences",
+    "max_logit_bias",
+    "max_stop_length",
     "tool_format",
     "grammar_seconds",
     "max_grammar_bytes",
+    "step_seconds",
     "shutdown_seconds",
     "log_format",
     "log_prompts",
@@ -95,18 +120,21 @@ def _root(
 def serve(settings: Settings) -> None:
     """Serve a target model over OpenAI's API. Every flag also reads DISCO_<NAME>."""
     from engine.models.references import ModelError
-    from server import logs, tracing
-    from server.launch import run
+    from server import logs, tls, tracing
+    from server.launch import PortTaken, run
 
     logs.configure(settings.log_level, settings.log_format)
-    with one_line_errors(ModelError, EngineUnavailable, InvalidRequest, tracing.CannotTrace):
+    refusals = (tracing.CannotTrace, BadKeys, tls.BadCertificate, PortTaken)
+    with one_line_errors(ModelError, EngineUnavailable, InvalidRequest, *refusals):
         tracing.endpoint(settings)  # told at once, before any model is loaded
+        KeyRing(file=settings.api_key_file)
         with ExitStack() as stack:
             ports = (settings.port, settings.metrics_port)
             listeners = [
                 stack.enter_context(_listen(settings.host, port)) for port in ports if port is not None
             ]
-            run(settings, *listeners)
+            code = run(settings, *listeners)
+        raise typer.Exit(code)
 
 
 @app.command()

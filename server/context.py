@@ -10,10 +10,14 @@ from fastapi import Request
 from tokenizers import Tokenizer
 
 from engine.client import EngineClient
-from engine.types import CompiledGrammar, EngineUnavailable, ModelInfo
+from engine.types import CompiledGrammar, EngineUnavailable, GenerateRequest, ModelInfo
+from server import admission
+from server.admission import Admission
 from server.detokenize import TextStream
 from server.errors import ApiError, unavailable
+from server.generation import check_all
 from server.grammar import GrammarCompiler
+from server.limits import check_limits
 from server.logprobs import TokenTable
 from server.metrics import Metrics
 from server.protocol.common import GenerationBody
@@ -34,6 +38,7 @@ class Context:
     renderer: Renderer
     metrics: Metrics
     grammars: GrammarCompiler
+    door: Admission
     loading_error: Exception | None = None
 
     def check_model(self, name: str | None) -> None:
@@ -41,8 +46,23 @@ class Context:
         names = self.settings.served_model_name
         current().name(names[0] if name is None else name)
         if name is not None and name not in names:
-            message = f"the model '{name}' is not served here; served: {', '.join(names)}"
+            message = f"the model '{name[:256]}' is not served here; served: {', '.join(names)}"
             raise ApiError(404, message, "model", "model_not_found")
+
+    def accept(self, body: GenerationBody, arrival: float) -> None:
+        """Holds `body` to this server's bounds, and starts the clock of its deadline. Raises InvalidRequest.
+
+        `arrival`: when it came, by `time.monotonic`.
+        """
+        check_limits(body, self.settings)
+        seconds = self.settings.max_request_seconds if body.timeout is None else body.timeout
+        admission.current().due = None if seconds is None else arrival + seconds
+
+    async def admit(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
+        """All sequences of one request, in the queue. Raises InvalidRequest if the engine would refuse any,
+        ApiError 429 if they find no place."""
+        await check_all(self.engine, requests)
+        return admission.current().enter(requests)
 
     def ready(self) -> ModelInfo:
         """The loaded model. Raises ApiError 503 while there is none that could serve."""

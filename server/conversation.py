@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.types import CompiledGrammar, GenerateRequest, InvalidRequest
 from server.context import Context
 from server.detokenize import TextStream
-from server.generation import Choice, check_all
+from server.generation import Choice
 from server.protocol.chat import ChatBody
 from server.reasoning import BEGIN, END
 from server.render import Prompt, room_left
@@ -30,7 +30,7 @@ async def choices_of(context: Context, body: ChatBody, *, id: str, arrival: floa
         _request(body, prompt, f"{id}-{i}", i, max_tokens, arrival, grammar, words) for i in range(body.n)
     ]
     try:
-        await check_all(context.engine, requests)
+        requests = await context.admit(requests)
     except InvalidRequest as error:
         param = _own_names(body).get(error.param, error.param)
         raise InvalidRequest(error.message, param, error.code) from error

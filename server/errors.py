@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -17,11 +19,16 @@ from server.record import current
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
-_TYPES = {503: "service_unavailable_error"}
+LONGEST_RETRY_AFTER_SECONDS = 60
+_TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
 
 
 class ApiError(Exception):
-    """An answer that is an error. `status` is the HTTP status, the rest is OpenAI's body."""
+    """An answer that is an error. `status` is the HTTP status, the rest is OpenAI's body. `reason`: of one
+    that was not let in, for the metrics.
+    """
+
+    reason: str = ""
 
     def __init__(
         self,
@@ -49,6 +56,28 @@ def unavailable(message: str) -> ApiError:
     """503 with Retry-After: the engine is loading, restarting or dead."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return ApiError(503, message, code="engine_unavailable", headers=headers)
+
+
+def shutting_down(why: str = "it takes no more requests") -> ApiError:
+    """503 with Retry-After: the server ends, others may be there. The connection is not used again."""
+    error = unavailable(f"the server is shutting down: {why}")
+    error.headers["Connection"] = "close"
+    return error
+
+
+def too_many(
+    message: str, reason: str, code: str, seconds: float, headers: Mapping[str, str] | None = None
+) -> ApiError:
+    """429 with Retry-After: `seconds`, as a whole number that is not too long."""
+    wait = min(max(1, math.ceil(seconds)), LONGEST_RETRY_AFTER_SECONDS)
+    error = ApiError(429, message, code=code, headers={"Retry-After": str(wait), **(headers or {})})
+    error.reason = reason
+    return error
+
+
+def deadline_passed() -> ApiError:
+    """504: the request was not answered by the time that it, or the server, gives it."""
+    return ApiError(504, "the time for this request is over", "timeout", "deadline_exceeded")
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -81,12 +110,16 @@ def _api_error(error: Exception) -> ApiError:
 def _http_error(error: HTTPException) -> ApiError:
     status = HTTPStatus(error.status_code)
     code = status.phrase.lower().replace(" ", "_")
-    return ApiError(status, str(error.detail), code=code, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":  # and where GET is, HEAD is
+        headers["Allow"] = "GET, HEAD"
+    return ApiError(status, str(error.detail), code=code, headers=headers)
 
 
 def _answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 404:
-        error = ApiError(404, f"no route {request.method} {request.scope['path']}", code="not_found")
+        asked = f"{request.method[:32]} {request.scope['path'][:256]}"
+        error = ApiError(404, f"no route {asked}", code="not_found")
     return to_api_error(error).response()
 
 

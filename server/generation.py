@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from engine.types import (
     TokenEvent,
     TokenLogprob,
 )
+from server import admission
 from server.detokenize import TextStream
 from server.metrics import Metrics
 from server.metrics_ledger import Reason
@@ -213,7 +215,8 @@ async def generate(
 ) -> AsyncGenerator[Piece, None]:
     """Runs all choices at once; pieces come as they are made. Closing it aborts what still runs.
 
-    Raises what the first choice to fail raised: InvalidRequest, EngineUnavailable, RequestFailed.
+    Raises what the first choice to fail raised: InvalidRequest, EngineUnavailable, RequestFailed; and
+    ApiError when the request's time is over, or the server's.
     """
     pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
     tasks = [asyncio.create_task(_run(engine, choice, metrics, pieces)) for choice in choices]
@@ -221,6 +224,15 @@ async def generate(
     record = current()
     record.begin(choices)
     lost: Reason | None = "aborted"
+
+    def stop(error: Exception) -> None:
+        """The engine is free at once, however slowly the client reads."""
+        for task in tasks:
+            task.cancel()
+        pieces.put_nowait(error)
+
+    stops = ExitStack()
+    stops.enter_context(admission.current().stopping(stop))
     try:
         while running:
             piece = await pieces.get()
@@ -233,6 +245,7 @@ async def generate(
             yield piece
         lost = None
     finally:
+        stops.close()
         for task in tasks:
             task.cancel()
         with anyio.CancelScope(shield=True):  # a client that left must not cut the aborts short

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import resource
+import signal
 import socket
+import ssl
 from importlib.metadata import version
 
 import uvicorn
@@ -11,27 +16,56 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.client import EngineClient
 from engine.client_worker import WorkerEngine
+from engine.speculation.tree import rules
 from engine.types import EngineUnavailable
-from server import http1, logs, metrics_port
+from server import drain, logs, metrics_port, tls
 from server.app import create_app
+from server.keys import KeyRing
 from server.log_lines import formatter
 from server.prepare import prepare
 from server.settings import Settings
 
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048  # connections that the system takes before the server does; uvicorn's
 _LOOK_SECONDS = 0.1  # between looks at an engine that is loading
+_OWN_FILES = 256  # that are no client's connections
 
 
-def run(settings: Settings, listener: socket.socket, metrics_listener: socket.socket | None = None) -> None:
+class PortTaken(Exception):
+    """Another server began to listen after the port had been found free."""
+
+
+def run(settings: Settings, listener: socket.socket, metrics_listener: socket.socket | None = None) -> int:
     """Serves on the bound socket until a signal ends it, and /metrics on the other one, if there is one.
 
-    Raises what `prepare` raises, before the engine is started, and EngineUnavailable if it cannot load.
+    Returns the exit code. Raises what `prepare` raises, BadCertificate and PortTaken, before the engine is
+    started, and EngineUnavailable if it cannot load.
     """
+    certificate = None
+    if settings.ssl_certfile is not None:
+        certificate = tls.context(settings.ssl_certfile, settings.ssl_keyfile)
+    settings = _with_room(settings)
     config = settings.engine_config()
-    address = _address(listener)
-    models = f"target {config.target}, draft {config.draft}, policy {config.policy}"
+    address = _address(listener, certificate is not None)
+    governed = f"drafter {config.drafter}" if config.drafter in rules() else f"policy {config.policy}"
+    models = f"target {config.target}, draft {config.draft}, {governed}"
     logs.say(f"disco-serve {version('disco-serve')} on {address}\n  {models}; loading", settings.log_format)
     tokenizer = prepare(config)
-    asyncio.run(_serve(settings, tokenizer, listener, metrics_listener))
+    for each in (listener, metrics_listener):
+        _listen(each)
+    return asyncio.run(_serve(settings, tokenizer, listener, metrics_listener, certificate))
+
+
+def _listen(listener: socket.socket | None) -> None:
+    """Two sockets can be bound to one port, but only one can listen."""
+    if listener is None:
+        return
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 async def _serve(
@@ -39,20 +73,32 @@ async def _serve(
     tokenizer: PreTrainedTokenizerBase,
     listener: socket.socket,
     metrics_listener: socket.socket | None,
-) -> None:
-    engine = WorkerEngine(settings.engine_config(), log_formatter=formatter(settings.log_format))
+    certificate: ssl.SSLContext | None,
+) -> int:
+    engine = WorkerEngine(
+        settings.engine_config(),
+        step_timeout=settings.step_seconds,
+        log_formatter=formatter(settings.log_format),
+    )
     app = create_app(settings, engine, tokenizer)
-    server = http1.Server(app, settings.shutdown_seconds, late=engine.close)
-    loading = asyncio.create_task(_watch_loading(server, engine, _address(listener), settings))
+    server = drain.Server(app, settings.shutdown_seconds, engine, tls=certificate)
+    _read_again_on_hangup(settings, app.state.keys, certificate)
+    address = _address(listener, certificate is not None)
+    loading = asyncio.create_task(_watch_loading(server, engine, address, settings))
     try:
         async with metrics_port.also_on(metrics_listener, app.state.context.metrics):
             await server.serve(sockets=[listener])
+            if server.force_exit:
+                await server.left_at_once()
+                logging.shutdown()
+                os._exit(server.exit_code)  # whatever else is under way
     finally:
         loading.cancel()
     if not server.started:
         raise EngineUnavailable("the server did not start; the log says why")
     if loading.done() and not loading.cancelled():
         loading.result()
+    return server.exit_code
 
 
 async def _watch_loading(
@@ -79,6 +125,34 @@ def _ready_lines(engine: EngineClient, address: str, model: str) -> str:
     )
 
 
-def _address(listener: socket.socket) -> str:
+def _read_again_on_hangup(settings: Settings, keys: KeyRing, certificate: ssl.SSLContext | None) -> None:
+    """SIGHUP reads the files of keys and the certificate again; without such files it ends the server."""
+
+    def read_again() -> None:
+        keys.reload()
+        if certificate is not None and settings.ssl_certfile is not None:
+            tls.reload(certificate, settings.ssl_certfile, settings.ssl_keyfile)
+
+    if settings.api_key_file is not None or certificate is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read_again)
+
+
+def _with_room(settings: Settings) -> Settings:
+    """Raises this process's limit of open files as far as it may; fewer connections, if that is too low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + _OWN_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return settings
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft >= wanted:
+        return settings
+    room = max(soft - _OWN_FILES, 1)
+    log.warning("at most %d connections: no more than %d files may be open (ulimit -n)", room, soft)
+    return settings.model_copy(update={"max_connections": room})
+
+
+def _address(listener: socket.socket, secure: bool) -> str:
+    scheme = "https" if secure else "http"
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

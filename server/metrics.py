@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from engine.client import EngineClient
 from engine.types import StepStats, TokenEvent
+from server.metrics_admission import AdmissionMetrics
 from server.metrics_engine import EngineMetrics
 from server.metrics_ledger import Ledger
 from server.metrics_speculation import Speculation
@@ -44,6 +45,7 @@ class Metrics(Collector):
             "disco_requests_in_flight", "Sequences that the server waits for", registry=self.registry
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of started sequences")
+        self.admission = AdmissionMetrics(self.registry)
         self.ledger = Ledger(self.registry)
         self.times = Times(self.registry)
         self.speculation = Speculation(self.registry)

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from engine.client import EngineClient
+from engine.speculation.tree import rules
 from engine.types import EngineUnavailable, StepStats
 from server.metrics_times import FINE
 
@@ -30,6 +31,14 @@ class EngineMetrics(Collector):
         self._preemptions = Counter(
             "disco_preemptions_total", "Sequences put back for want of KV blocks", registry=registry
         )
+        self._faults = Counter(
+            "disco_speculation_faults_total",
+            "Faults of drafters and their policies, after which requests go on without drafts",
+            ("drafter",),
+            registry=registry,
+        )
+        for drafter in ("model", "ngram", *rules()):
+            self._faults.labels(drafter)  # told as 0
         self._steps = Histogram(
             "disco_engine_step_seconds", "Wall time of one engine step", registry=registry, buckets=FINE
         )
@@ -44,6 +53,8 @@ class EngineMetrics(Collector):
         self._prefix_queries.inc(stats.prefix_queries - before.prefix_queries)
         self._prefix_hits.inc(stats.prefix_hits - before.prefix_hits)
         self._preemptions.inc(stats.preemptions - before.preemptions)
+        for drafter, count in stats.speculation_faults.items():
+            self._faults.labels(drafter).inc(count - before.speculation_faults.get(drafter, 0))
         self._last, self._life = stats, self._engine.restarts
 
     def collect(self) -> Iterator[Metric]:

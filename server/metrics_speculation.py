@@ -44,11 +44,11 @@ class Speculation:
             return Counter(f"disco_{name}", text, (*_BY, *more), registry=registry)
 
         self.iterations = counter("iterations_total", "Decode passes, by row")
-        self.drafted = counter("draft_tokens_total", "Draft tokens")
+        self.drafted = counter("draft_tokens_total", "Draft tokens, of trees all nodes")
         self.accepted = counter("accepted_tokens_total", "Draft tokens that were accepted and emitted")
         self.emitted = counter("emitted_tokens_total", "Tokens of decode passes")
         self.lookahead = Histogram(
-            "disco_lookahead", "Draft tokens of one iteration", _BY, registry=registry, buckets=_LOOKAHEAD
+            "disco_lookahead", "Draft tokens of one iteration, on the longest way", _BY, registry=registry, buckets=_LOOKAHEAD
         )
         self.position_drafted = counter("position_drafted_total", "Drafts as long as a position", "position")
         self.position_accepted = counter(
@@ -113,7 +113,8 @@ class Speculation:
         for phase in PHASES:
             self.seconds.labels(*by, phase).inc(sums.seconds[phase])
         spent = sum(sums.seconds.values())
-        self.window.add(by, sums.drafted, sums.accepted, sums.iterations, sums.baseline, spent)
+        lookaheads = sum(sums.lookaheads)
+        self.window.add(by, sums.drafted, sums.accepted, lookaheads, sums.iterations, sums.baseline, spent)
 
 
 def _add(sums: _Sums, event: TokenEvent) -> None:
@@ -122,7 +123,7 @@ def _add(sums: _Sums, event: TokenEvent) -> None:
     sums.accepted += event.accepted
     sums.emitted += len(event.token_ids)
     sums.baseline += event.baseline_seconds
-    sums.lookaheads.append(event.drafted)
+    sums.lookaheads.append(event.lookahead)
     sums.accepts.append(event.accepted)
     if event.stop_reason is not None:
         sums.reasons[event.stop_reason] += 1
@@ -134,7 +135,10 @@ def decisions(event: TokenEvent) -> Iterator[tuple[str, str]]:
 
     Only of tokens whose predecessors were all accepted, since the others have no verdict; nor has a token
     behind the output's end. Behind the last token the policy decided only where it was the one to stop.
+    No policy decides on the nodes of a tree.
     """
+    if event.policy == "none":
+        return
     last, stopped = event.drafted, event.stop_reason == "policy"
     yield from [("continue", "accepted")] * min(event.accepted, last - 1)
     if event.accepted == last:

@@ -68,5 +68,6 @@ class SequenceTimes:
     def end(self) -> None:
         """The sequence is whole."""
         self._told.end_to_end.observe(time.monotonic() - self._arrival)
-        if self._first is not None and self._last is not None:
+        decoded = self._seen is not None  # nothing is with `max_tokens: 0`
+        if decoded and self._first is not None and self._last is not None:
             self._told.decode.observe(self._last - self._first)

@@ -13,10 +13,10 @@ SECONDS = 60
 By = tuple[str, str]
 """Policy and drafter."""
 
-_DRAFTED, _ACCEPTED, _ITERATIONS, _BASELINE, _SPENT = range(5)
+_DRAFTED, _ACCEPTED, _LOOKAHEADS, _ITERATIONS, _BASELINE, _SPENT = range(6)
 _RATIOS = (
     ("disco_acceptance_rate", "Accepted of the tokens drafted, over the last 60 s", _ACCEPTED, _DRAFTED),
-    ("disco_average_lookahead", "Tokens drafted in an iteration, over the last 60 s", _DRAFTED, _ITERATIONS),
+    ("disco_average_lookahead", "Longest way of a draft, over the last 60 s", _LOOKAHEADS, _ITERATIONS),
     (
         "disco_speedup_ratio",
         "Time that the tokens of the last 60 s would have taken without a draft, of the time they took",
@@ -34,15 +34,22 @@ class Window(Collector):
         self._seconds: deque[tuple[int, dict[By, list[float]]]] = deque()
 
     def add(
-        self, by: By, drafted: int, accepted: int, iterations: int, baseline: float, spent: float
+        self,
+        by: By,
+        drafted: int,
+        accepted: int,
+        lookaheads: int,
+        iterations: int,
+        baseline: float,
+        spent: float,
     ) -> None:
-        """Counts what a step gave rows of this policy and drafter. Times in seconds."""
+        """Counts what a step gave rows of this policy and drafter: tokens, and times in seconds."""
         now = int(self._clock())
         if not self._seconds or self._seconds[-1][0] != now:
             self._forget(now)
-            self._seconds.append((now, defaultdict(lambda: [0.0] * 5)))
+            self._seconds.append((now, defaultdict(lambda: [0.0] * 6)))
         sums = self._seconds[-1][1][by]
-        for place, value in enumerate((drafted, accepted, iterations, baseline, spent)):
+        for place, value in enumerate((drafted, accepted, lookaheads, iterations, baseline, spent)):
             sums[place] += value
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -51,7 +58,7 @@ class Window(Collector):
         sums: dict[By, list[float]] = {}
         for _, second in self._seconds:
             for by, values in second.items():
-                sums[by] = [a + b for a, b in zip(sums.get(by, [0.0] * 5), values, strict=True)]
+                sums[by] = [a + b for a, b in zip(sums.get(by, [0.0] * 6), values, strict=True)]
         for name, text, above, below in _RATIOS:
             family = GaugeMetricFamily(name, text, labels=("policy", "drafter"))
             for by, values in sorted(sums.items()):

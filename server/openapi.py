@@ -40,10 +40,12 @@ ERRORS = {
     401: "No key, or not one of the server's",
     404: "No model of this name",
     413: "The body is larger than the server's `max_body_bytes`",
+    429: "The queue is full, or the key has taken its share; `Retry-After` says when to ask again",
     500: "A fault of the server, or `request_failed`: the engine gave up this request",
-    503: "The engine is loading, restarting or dead; `Retry-After` says when to ask again",
+    503: "The engine loads, restarts or is dead, or the server ends; `Retry-After` says when to ask again",
+    504: "The request's time, its own `timeout` or the server's, was over before its answer was whole",
 }
-_READS = (400, 404, 413, 500, 503)
+_READS = (400, 404, 413, 429, 500, 503)
 """Errors of a route that reads a body and asks the engine."""
 
 
@@ -63,7 +65,8 @@ def documented(
     `errors`: statuses; 401 is added where keys are set.
     """
     responses: dict[str, Any] = {str(status): _error(status) for status in errors}
-    if chunk is not None:
+    if chunk is not None:  # it generates
+        responses["504"] = _error(504)
         responses["200"] = {"content": {"text/event-stream": {"itemSchema": _event(chunk, done)}}}
     extra: dict[str, Any] = {"responses": responses}
     if body is not None:
@@ -136,7 +139,7 @@ def _finish(operation: dict[str, Any], model: str, locked: bool) -> None:
         operation["security"] = [{"key": []}]
         responses["401"] = _error(401)
     for status, response in responses.items():
-        names = ("x-request-id", "Retry-After") if status == "503" else ("x-request-id",)
+        names = ("x-request-id", "Retry-After") if status in ("429", "503") else ("x-request-id",)
         response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     for content in operation.get("requestBody", {}).get("content", {}).values():
         for example in content.get("examples", {}).values():

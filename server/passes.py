@@ -43,6 +43,7 @@ class Passes:
         return {
             "iteration": event.iterations > 0,
             "drafted": event.drafted,
+            "lookahead": event.lookahead,
             "accepted": min(event.accepted, len(kept)),
             "stop_reason": event.stop_reason,
             "draft_seconds": event.draft_seconds,
@@ -60,4 +61,4 @@ def _origin(event: TokenEvent, place: int) -> Origin:
         return "draft"
     if event.drafted == 0:
         return "target"
-    return "bonus" if event.accepted == event.drafted else "correction"
+    return "bonus" if event.bonus else "correction"

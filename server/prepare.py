@@ -7,17 +7,17 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import EngineConfig
 from engine.models.builtin import NAME, builtin_draft
 from engine.models.load import ModelError, load_tokenizer, resolve
-from engine.speculation.policy import options_of
+from engine.pairing import default_options
 from server.logprobs import fast_tokenizer
 
 
 def prepare(config: EngineConfig) -> PreTrainedTokenizerBase:
     """The target's tokenizer. Models that are not here yet are fetched, with progress.
 
-    Raises InvalidRequest for the policy and its options, ModelNotFound or another ModelError for
+    Raises InvalidRequest for the drafter, the policy and the options, ModelNotFound or another ModelError for
     target and draft.
     """
-    options_of(config.policy, config.policy_options)
+    default_options(config)
     if config.draft not in ("none", "ngram", NAME) and not config.draft.startswith("self:"):
         resolve(config.draft)
     tokenizer = load_tokenizer(config.target, config.trust_remote_code)

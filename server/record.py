@@ -12,6 +12,7 @@ from server.statistics import Speculated, total
 
 if TYPE_CHECKING:
     from server.generation import Choice
+    from server.render import Prompt
 
 Outcome = Literal["done", "refused", "error", "abort"]
 Decode = Callable[[Sequence[int]], str]
@@ -43,7 +44,7 @@ class Record:
     """One request. Times by `time.monotonic`, in seconds; what is not known is None.
 
     `error` and `error_status`: the code and status of the error that the client was told, in an answer or
-    within a stream. `choices`: its sequences, once they run.
+    within a stream. `rendered`: its prompts, once they are tokens; `choices`: its sequences, once they run.
     """
 
     request_id: str = "-"
@@ -59,6 +60,7 @@ class Record:
     model: str | None = None  # as the request names it
     error: str | None = None
     error_status: int = 0
+    rendered: Sequence[Prompt] = ()
     choices: Sequence[Choice] = ()
     time_to_first_token: float | None = None
     trace_id: str | None = None
@@ -171,14 +173,14 @@ class Record:
     def content(self, decode: Decode) -> dict[str, list[str]]:
         """The prompts as the model reads them, and the text of every sequence as far as it came."""
         return {
-            "prompts": [prompt_text(choice, decode) for choice in self.prompts],
+            "prompts": [prompt_text(prompt, decode) for prompt in self.rendered],
             "texts": [choice.text for choice in self.choices],
         }
 
 
-def prompt_text(choice: Choice, decode: Decode) -> str:
-    """The prompt of a sequence as text; that of a chat is what its template made."""
-    return decode(choice.prompt.ids) if choice.prompt.text is None else choice.prompt.text
+def prompt_text(prompt: Prompt, decode: Decode) -> str:
+    """A prompt as text; that of a chat is what its template made."""
+    return decode(prompt.ids) if prompt.text is None else prompt.text
 
 
 _current: ContextVar[Record | None] = ContextVar("record", default=None)

@@ -14,6 +14,7 @@ from engine.types import InvalidRequest, ModelInfo
 from server.chat_template import ChatTemplate
 from server.protocol.chat import ChatBody
 from server.reasoning import Place, place_after, place_within, thinks
+from server.record import current
 
 T = TypeVar("T")
 
@@ -54,12 +55,16 @@ class Renderer:
         for item in items:
             if isinstance(item, str):
                 self._check_length(item, context, "prompt")
-        return await self._run(lambda: [self._prompt(item, special) for item in items])
+        prompts = await self._run(lambda: [self._prompt(item, special) for item in items])
+        current().rendered = prompts
+        return prompts
 
     async def chat(self, body: ChatBody, context: int) -> Prompt:
         """Messages through the model's chat template. Raises InvalidRequest with the template's message,
         or for a text that cannot fit `context` tokens, without encoding it."""
-        return await self._run(lambda: self._chat(body, context))
+        prompt = await self._run(lambda: self._chat(body, context))
+        current().rendered = [prompt]
+        return prompt
 
     def _check_length(self, text: str, context: int, param: str) -> None:
         """No token stands for more bytes than the longest one: a text may be refused without encoding it."""

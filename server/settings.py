@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from engine.config import DType, EngineConfig, Quantization, RunnerKind
+from engine.config import DType, EngineConfig, Offload, Quantization, RunnerKind
 from server import tools
+from server.bounds import MAX_N, MAX_SEQUENCES
 from server.log_lines import LogFormat
 from server.metrics_labels import constant_labels
 
@@ -59,8 +61,16 @@ class Settings(BaseSettings):
         description="default (the shipped draft; taken if none is named and the target has one), "
         "ngram (taken otherwise), none, self:N or a model",
     )
-    policy: str = Field("goodput", description="stop policy of requests that name none")
-    policy_options: dict[str, Any] = Field({}, description="options of that policy, as JSON")
+    drafter: str | None = Field(
+        None,
+        min_length=1,
+        description="who drafts for requests that name nobody: model, ngram, none, or trees (dyspec, opt_tree, "
+        "c2t); default: a chain of the best that there is",
+    )
+    policy: str = Field("goodput", description="stop policy of requests that name none; trees need none")
+    policy_options: dict[str, Any] = Field(
+        {}, description="options of that policy, or of a --drafter of trees, as JSON"
+    )
 
     head: Strings = Field([], description="trained heads of policies, files; the shipped ones are found")
 
@@ -71,10 +81,56 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key: Secrets = Field([], description="keys that open the API; none: open to all")
+    api_key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="file of hashed keys, which `disco-serve key` makes; read again when it changes; "
+        "default: none",
+    )
+    ssl_certfile: str | None = Field(
+        None,
+        min_length=1,
+        description="serve https with this certificate (PEM, with its chain); default: http",
+    )
+    ssl_keyfile: str | None = Field(
+        None, min_length=1, description="its private key; default: in --ssl-certfile"
+    )
     served_model_name: Strings = Field([], description="names that requests may use; default: the target")
-    cors_origins: Strings = Field([], description="browser origins allowed; default: none")
+    cors_origin: Strings = Field(
+        [], description="browser origin that may use the API, as https://app.example; default: none"
+    )
+    docs: bool = Field(True, description="describe the API at /docs and /openapi.json")
     page: bool = Field(True, description="serve the live page at /, which shows speculation at work")
     max_body_bytes: int = Field(8 * 2**20, ge=1, description="largest request body in bytes")
+    read_seconds: float = Field(
+        20.0, gt=0, description="time in which a request's headers must come, and then its body"
+    )
+    write_seconds: float = Field(
+        60.0, gt=0, description="time after which a client that reads nothing of its answer is given up"
+    )
+    max_connections: int = Field(16384, ge=1, description="connections that may be open at once")
+    max_queued_requests: int = Field(
+        256, ge=0, description="sequences that may wait beside those that run; more get 429"
+    )
+    max_queued_tokens: int = Field(2**20, ge=1, description="tokens of prompts that may wait; more get 429")
+    max_request_seconds: float | None = Field(
+        None, gt=0, description="time that a request may take, also by its own 'timeout'; default: no end"
+    )
+    key_concurrency: int | None = Field(
+        None, ge=1, description="requests of one key that may be open at once; default: no limit"
+    )
+    key_requests_per_minute: int | None = Field(
+        None, ge=1, description="requests that one key may send in a minute; default: no limit"
+    )
+    key_tokens_per_minute: int | None = Field(
+        None, ge=1, description="tokens, of prompts and answers, of one key in a minute; default: no limit"
+    )
+    max_n: int = Field(MAX_N, ge=1, le=MAX_N, description="largest 'n' of a request")
+    max_sequences: int = Field(
+        MAX_SEQUENCES, ge=1, le=MAX_SEQUENCES, description="most prompts times choices of a request"
+    )
+    max_logit_bias: int = Field(1024, ge=0, description="most entries of a request's 'logit_bias'")
+    max_stop_length: int = Field(1024, ge=1, description="longest stop string, in characters")
     tool_format: str = Field(
         "auto", min_length=1, description="how the model writes tool calls; auto: found by its chat template"
     )
@@ -82,6 +138,12 @@ class Settings(BaseSettings):
         10.0, gt=0, description="time that compiling one grammar or JSON schema may take"
     )
     max_grammar_bytes: int = Field(65536, ge=1, description="largest grammar or JSON schema in bytes")
+    step_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="time that one step of the engine may take; a longer one counts as hung, and the engine "
+        "is restarted (loading and capturing graphs do not count)",
+    )
     shutdown_seconds: float = Field(30.0, ge=0, description="time that open streams get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: LogFormat = Field("text", description="log lines: text, or json for a JSON object each")
@@ -111,6 +173,13 @@ class Settings(BaseSettings):
     runner: RunnerKind = Field(
         "auto", description="auto: fused on a GPU for the Llama family, reference elsewhere"
     )
+    offload: Offload = Field(
+        "none", description="target: its layers stay in pinned host memory and are streamed in every pass"
+    )
+    resident_layers: int | None = Field(
+        None, ge=0, description="layers of an offloaded target that stay on the GPU; default: what fits"
+    )
+    offload_buffers: int = Field(2, ge=2, description="layers that are on the GPU while streamed")
     quantization: Quantization = Field(
         "none", description="weight-only, of the target: int8, fp8 or int4; this changes its text"
     )
@@ -134,6 +203,22 @@ class Settings(BaseSettings):
         if any(not key.get_secret_value().strip() for key in keys):
             raise ValueError("a key is empty")
         return keys
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _exact(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\sA-Z]+", origin):
+                raise ValueError(f"'{origin[:100]}' is no origin, as https://app.example or http://app:8080")
+        return origins
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Settings:
+        if "*" in self.cors_origin and not self.api_key and self.api_key_file is None:
+            raise ValueError("--cors-origin: '*' without keys would let every web page use this server")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("--ssl-keyfile: wants --ssl-certfile, too")
+        return self
 
     @model_validator(mode="after")
     def _two_ports(self) -> Settings:
@@ -168,6 +253,7 @@ class Settings(BaseSettings):
         return EngineConfig(
             target=self.target,
             draft=self.draft or default_draft(self.target),
+            drafter=self.drafter,
             policy=self.policy,
             policy_options=self.policy_options,
             heads=tuple(self.head),
@@ -184,6 +270,9 @@ class Settings(BaseSettings):
             threads=self.threads,
             trust_remote_code=self.trust_remote_code,
             runner=self.runner,
+            offload=self.offload,
+            resident_layers=self.resident_layers,
+            offload_buffers=self.offload_buffers,
             quantization=self.quantization,
             draft_quantization=self.draft_quantization,
         )

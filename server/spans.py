@@ -184,7 +184,7 @@ def _ours(figures: dict[str, float]) -> dict[str, float]:
 
 def _content(record: Record, decode: Decode) -> dict[str, Any]:
     """Prompts and texts, as JSON in the conventions' form."""
-    asked = [_message("user", [_text(prompt_text(choice, decode))]) for choice in record.prompts]
+    asked = [_message("user", [_text(prompt_text(prompt, decode))]) for prompt in record.rendered]
     said = [
         _message("assistant", _parts(choice)) | {"finish_reason": reason}
         for choice, reason in zip(record.choices, record.finish_reasons, strict=True)

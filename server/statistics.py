@@ -17,6 +17,7 @@ class Speculated:
     drafter: str = "none"
     iterations: int = 0
     drafted: int = 0
+    lookahead: int = 0
     accepted: int = 0
     emitted: int = 0
     draft_seconds: float = 0.0
@@ -27,6 +28,7 @@ class Speculated:
         self.policy, self.drafter = event.policy, event.drafter
         self.iterations += event.iterations
         self.drafted += event.drafted
+        self.lookahead += event.lookahead
         self.accepted += min(event.accepted, kept)
         self.emitted += kept if event.iterations else 0
         self.draft_seconds += event.draft_seconds
@@ -40,7 +42,7 @@ class Speculated:
             "iterations": self.iterations,
             "drafted": self.drafted,
             "accepted": self.accepted,
-            "mean_sl": _ratio(self.drafted, self.iterations),
+            "mean_sl": _ratio(self.lookahead, self.iterations),
             "acceptance_rate": _ratio(self.accepted, self.drafted),
             "mean_emitted": _ratio(self.emitted, self.iterations),
             "draft_seconds": self.draft_seconds,
@@ -59,6 +61,7 @@ def total(parts: Iterable[Speculated]) -> Speculated:
         result.policy, result.drafter = part.policy, part.drafter
         result.iterations += part.iterations
         result.drafted += part.drafted
+        result.lookahead += part.lookahead
         result.accepted += part.accepted
         result.emitted += part.emitted
         result.draft_seconds += part.draft_seconds

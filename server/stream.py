@@ -11,6 +11,7 @@ import msgspec
 from fastapi import Request, Response
 from sse_starlette.sse import EventSourceResponse
 
+from server import admission
 from server.errors import CLIENT_GONE, ApiError, to_api_error
 from server.http1 import LATE_SECONDS
 
@@ -42,6 +43,29 @@ def _event(data: dict[str, Any]) -> bytes:
 async def plain(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     """The answer as one JSON body. A client that leaves meanwhile cancels the work on it."""
     return Response(msgspec.json.encode(await attended(request, answer)), media_type="application/json")
+
+
+async def timely(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """As `attended`, but raises ApiError once the request's time is over, or the server's."""
+    return await attended(request, _stoppable(work))
+
+
+async def _stoppable(work: Coroutine[Any, Any, T]) -> T:
+    """To be a task of its own: that is what is cancelled."""
+    task, told = asyncio.current_task(), list[ApiError]()
+    assert task is not None
+
+    def stop(error: ApiError) -> None:
+        told.append(error)
+        task.cancel()
+
+    with admission.current().stopping(stop):
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if told:
+                raise told[0] from None
+            raise
 
 
 async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -167,7 +167,7 @@ class Window:
             iterations=self.total("iterations_total", **own),
             emitted=self.total("emitted_tokens_total", **own),
             acceptance=self.ratio("accepted_tokens_total", "draft_tokens_total", **own),
-            mean_sl=self.ratio("draft_tokens_total", "iterations_total", **own),
+            mean_sl=self.ratio("lookahead_sum", "iterations_total", **own),
             mean_emitted=self.ratio("emitted_tokens_total", "iterations_total", **own),
             speedup=_ratio(self.total("baseline_seconds_total", **own), whole) or None,
             precision=_ratio(caught, caught + judged[("stop", "accepted")]),

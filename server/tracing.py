@@ -67,7 +67,7 @@ def _check_spoken(url: str) -> None:
         raise CannotTrace(f"traces are sent by otlp only, not {exporter!r} (OTEL_TRACES_EXPORTER)")
     if not all(_found(name) for name in _PACKAGES):
         raise CannotTrace(
-            f"traces for {url} need OpenTelemetry's SDK: pip install 'disco-serve[tracing]', "
+            f"traces for {url} need OpenTelemetry's SDK: pip install -e '.[tracing]', "
             "or turn them off by OTEL_SDK_DISABLED=true"
         )
 

@@ -8,6 +8,7 @@ is compiled instead, down to machine code. Prints the names of the compiled kern
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def agreeing() -> None:
     from engine.models.decode_data import META, MOST
     from engine.models.kernels.agree import agree
 
-    agree(ints(META), ints(MOST), torch.ones(MOST, dtype=torch.int8), ints(3, MOST))
+    agree(ints(META), ints(MOST), torch.ones(MOST, dtype=torch.int8), ints(4, MOST))
 
 
 def attending() -> None:
@@ -124,10 +125,12 @@ def attending() -> None:
         qkv = torch.zeros(tokens, 28 + 8, 128, dtype=BF16)
         pool = torch.zeros(512, 4, 128, dtype=BF16)
         places = Places(ints(4), ints(4), ints(4), ints(4, 9), longest)
-        attend(
-            qkv, pool, pool.clone(), places, heads=28, scaling=0.1, window=None, block_size=16,
-            programs=programs,
-        )  # fmt: skip
+        trees = replace(places, positions=ints(tokens), trunks=ints(4), sees=ints(tokens), masks=longs(tokens))
+        for each in (places, trees):
+            attend(
+                qkv, pool, pool.clone(), each, heads=28, scaling=0.1, window=None, block_size=16,
+                programs=programs,
+            )  # fmt: skip
 
 
 def between_products() -> None:

@@ -29,6 +29,9 @@ def command(
     target_hidden: Annotated[
         bool, typer.Option("--target-hidden", help="Record the target's hidden states too.")
     ] = False,
+    trees: Annotated[
+        bool, typer.Option("--trees", help="Record what `simulate-trees` and a c2t head need.")
+    ] = False,
     per_category: Annotated[
         int | None, typer.Option(help="Prompts of a category, the first ones; default: all.")
     ] = None,

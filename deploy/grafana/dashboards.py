@@ -142,11 +142,18 @@ def _load() -> list[Panel]:
 
 
 # --- speculation: figures are (heading, what it is, numerator, denominator, unit)
+_DRAFTED, _PASSES = "draft_tokens_total", "iterations_total"
 _RATIOS = (
-    ("Acceptance", "Draft tokens accepted, of all drafted", "accepted_tokens", "draft_tokens", "percentunit"),
-    ("Lookahead", "Draft tokens an iteration", "draft_tokens", "iterations", "short"),
-    ("Emitted per target pass", "Tokens that an iteration gave", "emitted_tokens", "iterations", "short"),
-    ("Speed-up", "Over no draft, by measured costs", "baseline_seconds", "iteration_seconds", "short"),
+    ("Acceptance", "Draft tokens accepted, of all drafted", "accepted_tokens_total", _DRAFTED, "percentunit"),
+    ("Lookahead", "Draft tokens an iteration, on the longest way", "lookahead_sum", _PASSES, "short"),
+    ("Emitted per target pass", "Tokens that an iteration gave", "emitted_tokens_total", _PASSES, "short"),
+    (
+        "Speed-up",
+        "Over no draft, by measured costs",
+        "baseline_seconds_total",
+        "iteration_seconds_total",
+        "short",
+    ),
 )
 _STOPS = (
     ("Precision of stopping", "Of the tokens behind which a policy stopped: share rejected", "decision"),
@@ -158,12 +165,12 @@ def _figures(by: str = "", over: str = "$__rate_interval") -> list[tuple[str, st
     """Heading, what it is, query and unit of each figure."""
 
     def part(name: str, more: str = "") -> str:
-        return rate(f"{name}_total", by, _OURS + more, over)
+        return rate(name, by, _OURS + more, over)
 
-    right = part("stop_decisions", ', decision="stop", verdict="rejected"')
+    right = part("stop_decisions_total", ', decision="stop", verdict="rejected"')
     whole = {"decision": ', decision="stop"', "verdict": ', verdict="rejected"'}
     return [(title, text, f"{part(top)} / {part(low)}", unit) for title, text, top, low, unit in _RATIOS] + [
-        (title, text, f"{right} / {part('stop_decisions', whole[of])}", "percentunit")
+        (title, text, f"{right} / {part('stop_decisions_total', whole[of])}", "percentunit")
         for title, text, of in _STOPS
     ]
 

@@ -2,7 +2,7 @@
 
     python deploy/ray/check.py [--json FILE] [--port 8160] [--tokens 64] [--rounds 2]
 
-Needs `pip install "disco-serve[ray]"`, two cores and some 8 GB of memory. Starts a single server, notes its
+Needs `pip install -e ".[ray]"`, two cores and some 8 GB of memory. Starts a single server, notes its
 texts, then a Ray cluster of its own on ports from --port on. Exit code 0 if everything holds, 1 if not.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,13 @@ class KVPool:
         """keys [N, heads, key_dim], values [N, heads, value_dim] to slots int64[N]."""
         self.keys[layer].index_copy_(0, slots, keys)
         self.values[layer].index_copy_(0, slots, values)
+
+    def move(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copies slots (from, to) in every layer: all are read before any is written, since they may overlap."""
+        device = next(iter(self.keys.values())).device
+        at, to = torch.tensor(pairs, dtype=torch.int64).to(device).unbind(1)
+        for pool in (*self.keys.values(), *self.values.values()):
+            pool.index_copy_(0, to, pool.index_select(0, at))
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

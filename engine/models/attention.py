@@ -22,6 +22,26 @@ NAME = "disco_paged"
 
 
 @dataclass
+class Sight:
+    """What the queries of a group see where they are no chain; see `Branches`."""
+
+    trunk: Tensor  # int64[G, 1, 1]
+    sees: Tensor  # int64[G, Q, 1]
+    masks: Tensor  # int64[G, Q, 1]
+
+    def of(self, slots: Tensor, window_from: Tensor | None) -> Tensor:
+        """bool[G, Q, C]. `window_from` int64[G, Q, 1]: positions up to there are not attended."""
+        at = slots - self.trunk
+        node = (at >= 0) & (at < 64) & (((self.masks >> at.clamp(0, 63)) & 1) == 1)
+        seen = slots < self.sees
+        if window_from is not None:
+            depth = node.cumsum(-1)  # ancestors lie in the order of their positions, behind the trunk
+            seen = seen & (slots > window_from)
+            node = node & (self.trunk + depth - 1 > window_from)
+        return seen | node
+
+
+@dataclass
 class Group:
     """G rows of one query length Q: where their queries lie and where their KV is."""
 
@@ -30,6 +50,7 @@ class Group:
     queries: Tensor | slice  # the G * Q tokens, in the packed batch
     kv: Tensor | slice  # slots: int64[G * C], or a run of C slots if G is 1
     query_pos: Tensor  # int64[G, Q]
+    sight: Sight | None  # None: chains
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)  # by sliding window
     context: int = 0  # C, the longest context in the group
 
@@ -40,13 +61,18 @@ class Group:
         return self.masks[window]
 
     def _mask(self, window: int | None, fold: int) -> Tensor | None:
-        if self.rows == 1 and self.query_len == 1 and (window is None or window >= self.context):
+        alone = self.rows == 1 and self.query_len == 1 and self.sight is None
+        if alone and (window is None or window >= self.context):
             return None
         kv_pos = torch.arange(self.context, device=self.query_pos.device)
         query_pos = self.query_pos[:, :, None]
-        mask = kv_pos <= query_pos
-        if window is not None:
-            mask &= kv_pos > query_pos - window
+        outside = None if window is None else query_pos - window
+        if self.sight is not None:
+            mask = self.sight.of(kv_pos, outside)
+        else:
+            mask = kv_pos <= query_pos
+            if outside is not None:
+                mask &= kv_pos > outside
         return mask.repeat(1, fold, 1)[:, None]
 
 
@@ -79,7 +105,21 @@ def _group(
     else:
         kv = _slots(blocks, [batch.context_lens[row] for row in rows], block_size, device)
     query_pos = inputs.positions[queries].view(len(rows), length)
-    return Group(len(rows), length, queries, kv, query_pos, context=context)
+    sight = _sight(batch, rows, length, starts, device)
+    return Group(len(rows), length, queries, kv, query_pos, sight, context=context)
+
+
+def _sight(
+    batch: Batch, rows: list[int], length: int, starts: list[int], device: torch.device
+) -> Sight | None:
+    if all(batch.branches[row] is None for row in rows):
+        return None
+    trunks, sees, masks = batch.sights()
+    at = [i for row in rows for i in range(starts[row], starts[row + 1])]
+    words = [[sees[i] for i in at], [masks[i] for i in at]]
+    told = torch.tensor(words, dtype=torch.int64, device=device).view(2, len(rows), length, 1)
+    trunk = torch.tensor([trunks[row] for row in rows], dtype=torch.int64, device=device)
+    return Sight(trunk[:, None, None], told[0], told[1])
 
 
 def _slots(blocks: list[Seq[int]], lengths: list[int], block_size: int, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.kv.pool import KVPool
 from engine.models.decode_data import BLOCK, MAP, META, MOST, Layer, Params, checked, tile_map
 from engine.models.decoder import Decoder
+from engine.models.offload import LayerStream
 
 _SOURCES = Path(__file__).parent / "kernels"
 _KC, _WARPS, _GROUP = 1024, 8, 12
@@ -29,6 +30,8 @@ _MOST_PROCESSORS = 5 * 32  # a warp's lanes, each of which adds up PARTS_A_LANE
 
 def why_not(decoder: Decoder, block_size: int) -> str | None:
     """Why a model's passes cannot go through the kernel, or None."""
+    if isinstance(decoder.layers, LayerStream):
+        return "its layers are streamed from the host"
     if decoder.device.type != "cuda" or torch.cuda.get_device_capability(decoder.device) < (9, 0):
         return "it needs a GPU of compute capability 9.0 or newer"
     if decoder.dtype != torch.bfloat16:

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.models.runner import Branches
+
 MOST = 16  # tokens, and rows
 META = 8 + 7 * MOST
 """int32 words of `Meta` in decode_state.cuh: tokens, rows, 6 spare; then by row start, begin, length, line of
@@ -66,16 +68,32 @@ def tile_map(pool: Tensor) -> bytes:
     return ctypes.string_at(int(found.getPtr()), MAP)
 
 
-def write_meta(words: NDArray[np.int32], starts: Seq[int], tokens: Seq[Seq[int]]) -> None:
-    """Rows of chained tokens, row i after starts[i] positions, into the first `META` of `words`."""
+def sees_all(branches: Seq[Branches | None], starts: Seq[int]) -> bool:
+    """Whether the kernel can mask these rows: it does so among the tokens of the pass alone."""
+    return all(each is None or each.trunk >= start for each, start in zip(branches, starts, strict=True))
+
+
+def write_meta(
+    words: NDArray[np.int32],
+    starts: Seq[int],
+    tokens: Seq[Seq[int]],
+    branches: Seq[Branches | None] | None = None,
+) -> None:
+    """Rows of tokens, row i after starts[i] positions, into the first `META` of `words`; chains, but for
+    `branches`."""
     words[0], words[1] = sum(map(len, tokens)), len(tokens)
     by_row = words[8 : 8 + 4 * MOST].reshape(4, MOST)
     by_token = words[8 + 4 * MOST : META].reshape(3, MOST)
     at = 0
     for row, (start, ids) in enumerate(zip(starts, tokens, strict=True)):
         by_row[:, row] = start, at, len(ids), row
+        own = None if branches is None else branches[row]
         for j, token in enumerate(ids):
-            by_token[:, at] = token, start + j, (2 << j) - 1
+            place, mask = start + j, (2 << j) - 1
+            if own is not None:
+                place = own.positions[j]
+                mask = ((1 << max(own.sees[j] - start, 0)) - 1) | own.masks[j] << (own.trunk - start)
+            by_token[:, at] = token, place, mask
             at += 1
 
 

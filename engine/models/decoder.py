@@ -6,9 +6,10 @@ matrix, of which the model's own layers keep views.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,19 @@ class DecoderLayer:
     window: int | None
 
 
+class Layers(Protocol):
+    """A model's layers in order: a list, or what brings each to the device when it is its turn."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[DecoderLayer]: ...
+
+
 @dataclass
 class Decoder:
     """A whole model. `embed` and `head` are modules, for a draft's may be reduced."""
 
-    layers: list[DecoderLayer]
+    layers: Layers
     embed: nn.Module
     head: nn.Module
     norm: Tensor
@@ -92,11 +101,12 @@ def unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def extract(model: PreTrainedModel) -> Decoder:
-    """The model's weights, stacked in place. The model must be supported."""
+def extract(model: PreTrainedModel, layers: Layers | None = None) -> Decoder:
+    """The model's weights, stacked in place, or with these layers. The model must be supported."""
     core: Any = model.model
     config: Any = model.config
-    layers = [_layer(each, getattr(config, "sliding_window", None)) for each in core.layers]
+    if layers is None:
+        layers = [layer_weights(model, i) for i in range(len(core.layers))]
     attention, mlp = core.layers[0].self_attn, core.layers[0].mlp
     dim = int(attention.head_dim)
     return Decoder(
@@ -117,11 +127,13 @@ def extract(model: PreTrainedModel) -> Decoder:
     )
 
 
-def _layer(layer: Any, window: int | None) -> DecoderLayer:
-    """`window`: the config's, where the layer has none of its own."""
+def layer_weights(model: PreTrainedModel, index: int) -> DecoderLayer:
+    """Weights of one layer, stacked in place."""
+    core: Any = model.model
+    layer = core.layers[index]
     attention, mlp = layer.self_attn, layer.mlp
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-    window = getattr(attention, "sliding_window", window)
+    window = getattr(attention, "sliding_window", getattr(model.config, "sliding_window", None))
     norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return DecoderLayer(
         qkv=_matrix(qkv),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from itertools import accumulate
 
 import numpy as np
@@ -19,11 +21,12 @@ from transformers import PreTrainedModel
 
 from engine.kv.pool import KVPool, LayerShape
 from engine.models import decode, selfcheck
-from engine.models.decode_data import META, MOST, write_meta
+from engine.models.decode_data import META, MOST, sees_all, write_meta
 from engine.models.decoder import Matrix, extract, unsupported
 from engine.models.graphs import PassGraphs
 from engine.models.kernels.attention import Places, attend
 from engine.models.kernels.pointwise import add_norm, gate, rotate_and_store
+from engine.models.offload import LayerStream, lent
 from engine.models.quantize import QuantizedWeight, weight_only_linear
 from engine.models.runner import Batch, Chunk
 from engine.models.selfcheck import UnsupportedModel
@@ -48,12 +51,17 @@ def _itself(x: Tensor) -> Tensor:
 class FusedRunner:
     """A `Runner` for the Llama family. `allocate` makes the pool, as with the reference runner."""
 
-    def __init__(self, model: PreTrainedModel, block_size: int) -> None:
-        """Checks itself against the model. Raises UnsupportedModel."""
+    def __init__(self, model: PreTrainedModel, block_size: int, stream: LayerStream | None = None) -> None:
+        """Checks itself against the model. `stream`: of the model's layers, if they are offloaded.
+
+        Raises UnsupportedModel.
+        """
         if (reason := unsupported(model)) is not None:
             raise UnsupportedModel(reason)
-        expected = selfcheck.own_logits(model)
-        self.decoder, self.block_size = extract(model), block_size
+        self.streamed = stream is not None
+        with nullcontext() if stream is None else lent(model, stream):
+            expected = selfcheck.own_logits(model)
+        self.decoder, self.block_size = extract(model, stream), block_size
         self.context = int(model.config.max_position_embeddings)
         d = self.decoder
         self.shapes = {i: LayerShape(d.kv_heads, d.head_dim, d.head_dim) for i in range(len(d.layers))}
@@ -75,7 +83,7 @@ class FusedRunner:
                 self.kernel.compile()
             except (RuntimeError, ImportError) as error:  # no such compiler, or a device without room for it
                 self.kernel, self.kernel_refused = None, str(error)
-        if self.kernel_refused is not None and d.device.type == "cuda":
+        if self.kernel_refused is not None and d.device.type == "cuda" and not self.streamed:
             log.warning("%s decodes by graphs of kernels: %s", type(model).__name__, self.kernel_refused)
         exact = d.dtype in (torch.float32, torch.float64)
         selfcheck.check(self, type(model).__name__, block_size, expected, exact)
@@ -103,11 +111,16 @@ class FusedRunner:
         self._pool = KVPool(self.shapes, blocks + 1, self.block_size, self.dtype, self.device)
         if self.kernel is not None:
             self.kernel.attach(self._pool)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.streamed:  # a pass waits for copies, not for launches
             width = -(-self.context // self.block_size) + 1
             self.graphs = PassGraphs(self.layers, self.head, self.spare_slot, width, self.device)
             if self.kernel is not None:
                 self.decodes = self._faster(blocks)
+
+    @torch.inference_mode()
+    def move(self, pairs: Seq[tuple[int, int]]) -> None:
+        assert self._pool is not None
+        self._pool.move(pairs)
 
     @torch.inference_mode()
     def warm(self, rows: int, longest: int) -> None:
@@ -149,7 +162,8 @@ class FusedRunner:
     def forward(self, batch: Batch) -> Tensor:
         """Writes the batch's KV and returns logits [M, vocab_size], valid until the next pass."""
         rows, tokens = len(batch.query_lens), sum(batch.query_lens)
-        if self.kernel is not None and max(tokens, rows) <= self.decodes:
+        short = self.kernel is not None and max(tokens, rows) <= self.decodes
+        if self.kernel is not None and short and sees_all(batch.branches, batch.starts):
             logits, hidden = self._decode(batch, tokens), functools.partial(self.kernel.normed, tokens)
         elif self.graphs is not None and self.graphs.takes(batch):
             found, normed = self.graphs.forward(batch)
@@ -168,7 +182,8 @@ class FusedRunner:
         ids, rows = iter(batch.ids), len(batch.query_lens)
         tables = batch.padded_tables()
         words = np.zeros(META + len(tables), dtype=np.int32)
-        write_meta(words, batch.starts, [[next(ids) for _ in range(q)] for q in batch.query_lens])
+        tokens_of = [[next(ids) for _ in range(q)] for q in batch.query_lens]
+        write_meta(words, batch.starts, tokens_of, batch.branches)
         words[META:] = tables
         there = self._staging.words(words)
         return self.decode(there[:META], there[META:].view(rows, -1), tokens)
@@ -183,6 +198,11 @@ class FusedRunner:
         fold = self.decoder.heads // self.decoder.kv_heads
         longest = max(*lengths, -(-64 // fold))  # short prompts are to compile no kernel of their own
         places = Places(by_row[0], by_row[1], by_row[2], tables, longest)
+        if batch.branched:
+            trunks, sees, masks = batch.sights()
+            told = self._staging.words([*trunks, *sees])
+            places.positions, places.trunks, places.sees = inputs.positions, told[:rows], told[rows:]
+            places.masks = torch.tensor(masks, dtype=torch.int64).to(self.device)
         normed = self.layers(inputs.ids, inputs.positions, inputs.slots, places)
         return self._headed(normed, inputs.logits_at)
 

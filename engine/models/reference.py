@@ -6,6 +6,7 @@ the runner proves itself against the model's own eager forward, or refuses the m
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -97,6 +98,10 @@ class ReferenceRunner:
 
     def warm(self, rows: int, longest: int) -> None:
         return None
+
+    def move(self, pairs: Seq[tuple[int, int]]) -> None:
+        assert self._pool is not None
+        self._pool.move(pairs)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

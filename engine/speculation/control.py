@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.sequence import Sequence
+from engine.speculation.faults import PolicyFault, blamed
 from engine.speculation.judge import Judge
 from engine.speculation.load import Load
 from engine.speculation.policy import (
@@ -38,7 +39,7 @@ class PolicyTable:
     def __init__(self, slots: int, device: torch.device, equipment: Equipment | None = None) -> None:
         """Policies that `equipment` (a bare engine's if None) cannot serve are left out."""
         self._device = device
-        equipment = equipment or Equipment(Load(device))
+        self._equipment = equipment = equipment or Equipment(Load(device))
         self.load = equipment.load
         self.asked_while_drafting = Stopwatch()
         self._policies = {n: each for n, each in policies().items() if each.missing(equipment) is None}
@@ -68,7 +69,8 @@ class PolicyTable:
             self._begun[1].pop(seq.slot, None)
         self._heat[seq.slot] = seq.params.temperature
         state = self._states[seq.policy]
-        self._policies[seq.policy].reset(state, seq.slot, seq.options)
+        with blamed(seq.policy):
+            self._policies[seq.policy].reset(state, seq.slot, seq.options)
         for name, value in (seq.policy_state or {}).items():
             state.tensors[name][seq.slot] = value
         seq.policy_state = None
@@ -98,10 +100,16 @@ class PolicyTable:
         unknown = [row for row in learning if row.slot not in told]
         unknown += [row for row in rows if not self.learns(row) and row.slot not in self._limits]
         if unknown:
-            answers = [(state.mine, policy.limit(state)) for policy, state in self._in_use(unknown)]
+            answers = []
+            for policy, state in self._in_use(unknown):
+                with blamed(policy.name):
+                    answers.append((state.mine, policy.limit(state)))
             merged = _merge(answers[0][1], answers[1:])
             for row, limit in zip(unknown, merged.tolist(), strict=True):
                 self._limits[row.slot] = limit
+        for row in rows:
+            if self._limits[row.slot] < 0:  # what NaN becomes
+                raise PolicyFault(row.policy, f"it would draft {self._limits.pop(row.slot)} tokens")
         return [self._limits[row.slot] for row in rows]
 
     def _told(self) -> set[int]:
@@ -140,7 +148,8 @@ class PolicyTable:
             policy, state = self._policies[name], self._states[name]
             if policy.needs:
                 state.rows, state.mine = slots, numbers == self._numbers[name]
-                answers.append((state.mine, policy.keep_drafting(signals, state)))
+                with blamed(name):
+                    answers.append((state.mine, policy.keep_drafting(signals, state)))
         return _merge(torch.ones_like(signals.alive), answers)
 
     def asked(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -148,12 +157,17 @@ class PolicyTable:
         return tuple(name for name in sorted(set(names)) if self._policies[name].needs)
 
     def check(self, policy: str, options: object) -> None:
-        """Raises InvalidRequest for options that no state can hold, such as those that overflow."""
+        """Raises InvalidRequest for options that no state can hold, such as those that overflow, and
+        PolicyFault."""
         if policy not in self._policies:
             return
         try:
-            self._policies[policy].reset(self._states[policy], self.spare_slot, options)
-        except (RuntimeError, ArithmeticError, ValueError) as error:
+            with blamed(policy):
+                self._policies[policy].reset(self._states[policy], self.spare_slot, options)
+        except PolicyFault as fault:
+            error = fault.__cause__
+            if not isinstance(error, RuntimeError | ArithmeticError | ValueError):
+                raise
             raise InvalidRequest(
                 f"options of policy {policy!r} cannot be computed with: {error}",
                 "speculation.options",
@@ -184,7 +198,8 @@ class PolicyTable:
             taught = torch.tensor([[drafted[i], accepted[i]] for i in told], device=self._device)
             outcome = Outcome(taught[:, 0], taught[:, 1])
             for policy, state in self._in_use([rows[i] for i in told]):
-                policy.observe(outcome, state)
+                with blamed(policy.name):
+                    policy.observe(outcome, state)
 
     def observe_ahead(self, rows: Seq[Sequence], drafted: Seq[int], verdicts: Tensor) -> bool:
         """`observe` while the host does not know the verdicts yet: int32[2, B] on the device, accepted tokens
@@ -225,13 +240,27 @@ class PolicyTable:
         for name in names:
             policy, state = self._policies[name], self._states[name]
             state.rows, state.mine = slots, numbers == self._numbers[name]
-            policy.observe(Outcome(drafted, accepted), state)
-            answers.append((state.mine, policy.limit(state)))
+            with blamed(name):
+                policy.observe(Outcome(drafted, accepted), state)
+                answers.append((state.mine, policy.limit(state)))
         return _merge(answers[0][1], answers[1:])
 
     def shared(self) -> dict[str, dict[str, Tensor]]:
         """What policies have learned over all requests, by policy and name; not a copy."""
         return {name: state.shared for name, state in self._states.items() if state.shared}
+
+    def heal(self) -> list[str]:
+        """The policies that had learned NaN or infinity; they begin anew."""
+        found = []
+        for name, learned in self.shared().items():
+            if not all(bool(each.isfinite().all()) for each in learned.values()):
+                fresh = (
+                    self._policies[name].allocate(self.spare_slot + 1, self._device, self._equipment).shared
+                )
+                for key, tensor in learned.items():
+                    tensor.copy_(fresh[key])
+                found.append(name)
+        return found
 
     def learns(self, seq: Sequence) -> bool:
         """Whether the row's policy is to be told of outcomes."""

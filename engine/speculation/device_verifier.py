@@ -65,7 +65,7 @@ class DeviceVerifier:
             row, count = rows[i], len(drafts[i].tokens) + 1
             places.extend(range(starts[i], starts[i] + count))
             states.extend([coupled_state(row.seed)] * count)
-            positions.extend(range(len(row.tokens), len(row.tokens) + count))
+            positions.extend(len(row.tokens) + depth for depth in drafts[i].depths())
             heat.extend([row.params.temperature] * count)
         if self._chooser is None or self._most < len(places):
             self._most = max(64, 1 << (len(places) - 1).bit_length())
@@ -76,8 +76,7 @@ class DeviceVerifier:
         found = iter(torch.where(choice.fine[:count] != 0, choice.token[:count], -1).tolist())
         for i in chosen:
             mine = [next(found) for _ in range(len(drafts[i].tokens) + 1)]
-            accepted = agreed(drafts[i].tokens, mine)
-            verdict.accepted[i], verdict.next_token[i] = accepted, mine[accepted]
+            verdict.path[i], verdict.next_token[i] = agreed(drafts[i], mine)
             verdict.failed[i] = -1 in mine
 
 
@@ -121,7 +120,7 @@ def _rejecting(
     by_position = (ints[0], ints[1], ints[2], floats[0], longs[2].view(torch.float64)[:count])
     found = reject(logits, kept, by_position, (ints[3], ints[4], longs[0], longs[1]), logits.shape[1])
     for i, (accepted, sound, token) in zip(chosen, found.tolist(), strict=True):
-        verdict.accepted[i], verdict.next_token[i], verdict.failed[i] = accepted, token, not sound
+        verdict.path[i], verdict.next_token[i], verdict.failed[i] = range(accepted), token, not sound
 
 
 def _sent(

@@ -24,18 +24,18 @@ _FINE = 8  # places between two knots that the curve is read at
 EDGES = (0.0, 0.5, 0.85)
 """Temperatures above which the next class begins: greedy, cool, as chats are (0.7), and 1 or more."""
 CLASSES = len(EDGES) + 1
-_PRIORS = ((0.5, 0.9, 0.98), (0.2, 0.8, 0.97), (-0.1, 0.7, 0.96), (-0.5, 0.55, 0.95))
+PRIORS = ((0.5, 0.9, 0.98), (0.2, 0.8, 0.97), (-0.1, 0.7, 0.96), (-0.5, 0.55, 0.95))
 # By class, intercept and slope over the log-odds, and ceiling, as drafts stood: greedy ones of a 0.5B for
 # a 1.5B model; sampled ones of the shipped pair, and of the other by the overlap of its laws.
-_STRENGTH = 6.0  # drafts that the prior counts for, at each knot
-_MEMORY = 1 - 1 / 2000  # of the counts, when a draft is added: what is not seen again is forgotten
+STRENGTH = 6.0  # drafts that the prior counts for, at each knot
+MEMORY = 1 - 1 / 2000  # of the counts, when a draft is added: what is not seen again is forgotten
 _OPTIMISM = 0.3  # deviations on top of what is known: a knot is tried before it is given up
 
 CONSTANTS = {
     "FINE": _FINE,
     "LOW": LOW,
-    "STRENGTH": _STRENGTH,
-    "FADE": math.log2(_MEMORY),
+    "STRENGTH": STRENGTH,
+    "FADE": math.log2(MEMORY),
     "OPTIMISM": _OPTIMISM,
 }
 """For the kernel that does the same."""
@@ -65,7 +65,7 @@ class Curve(NamedTuple):
         places = torch.arange((KNOTS - 1) * _FINE + 1, dtype=torch.float32, device=device) / _FINE + LOW
         bounds = torch.nn.functional.logsigmoid(places[:-1] + 0.5 / _FINE)
         knots = torch.arange(KNOTS, dtype=torch.float32, device=device) + LOW
-        prior = torch.stack([(at + by * knots).sigmoid().clamp(max=top) for at, by, top in _PRIORS])
+        prior = torch.stack([(at + by * knots).sigmoid().clamp(max=top) for at, by, top in PRIORS])
         seen = torch.zeros_like(prior)
         found = cls(seen, seen.clone(), places.repeat(len(prior), 1), bounds, prior)
         found._draw()
@@ -87,15 +87,15 @@ class Curve(NamedTuple):
         near = (1 - (at.clamp(0, KNOTS - 1)[..., None] - knots).abs()).clamp(min=0)
         weight = near * counts[..., None]  # [B, K, KNOTS]
         of = (kind == torch.arange(CLASSES, device=at.device)[:, None]).float()  # [C, B]
-        memory = _MEMORY ** (of @ counts.any(-1).float())[:, None]
+        memory = MEMORY ** (of @ counts.any(-1).float())[:, None]
         self.seen.copy_(memory * self.seen + of @ weight.sum(1))
         self.good.copy_(memory * self.good + of @ (weight * accepted[..., None]).sum(1))
         self._draw()
 
     def _draw(self) -> None:
         """Posterior means, with a little of their deviation on top."""
-        known = self.seen + _STRENGTH
-        mean = (self.good + _STRENGTH * self.prior) / known
+        known = self.seen + STRENGTH
+        mean = (self.good + STRENGTH * self.prior) / known
         hoped = mean + _OPTIMISM * (mean * (1 - mean) / known).sqrt()
         odds = torch.logit(hoped, eps=1e-3)
         share = torch.arange(_FINE, device=odds.device) / _FINE

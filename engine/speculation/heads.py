@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,16 +27,18 @@ from engine.speculation.policy import Equipment, Need, State
 from engine.speculation.scoring import INPUTS, needs_of, width_of
 from engine.types import CannotLoad
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 Kind = Literal["disco", "specdec_pp", "c2t", "logistic"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 INPUTS_OF: dict[Kind, tuple[str, ...]] = {
     "disco": ("top", "entropy", "position"),
     "specdec_pp": ("hidden",),
-    "c2t": ("joint", "entropy", "step"),
+    "c2t": ("top", "entropy", "position", "prob", "joint", "step"),
     "logistic": ("logit_largest", "logit_prob", "entropy", "log_joint", "step", "log_position"),
 }
-"""In this order. All but `logistic` are fixed by their papers."""
+"""In this order. DISCO's and SpecDec++'s are fixed by their papers; C2T reads DISCO's besides its own."""
 BUILTIN = Path(__file__).parents[1] / "builtin"
 
 
@@ -226,11 +229,15 @@ def load_head(path: Path) -> Head:
 def builtin_heads(draft: str, target: str, root: Path = BUILTIN) -> Mapping[str, Head]:
     """The shipped heads of a pair, by kind, found by the models' fingerprints; none if it has none.
 
-    Raises HeadError for a shipped file that cannot be read.
+    A damaged one is left out, with a warning: heads change speed alone. Raises HeadError for two of a kind.
     """
     found: dict[str, Head] = {}
     for path in sorted(root.glob("*/heads/*.json")):
-        head = load_head(path)
+        try:
+            head = load_head(path)
+        except HeadError as error:
+            log.warning("a shipped head is damaged, its policy goes without: %s", error)
+            continue
         if (head.draft.fingerprint, head.target.fingerprint) == (draft, target):
             if head.kind in found:
                 raise HeadError(f"head {str(path)!r}: the pair has another of kind {head.kind!r}")

@@ -12,6 +12,8 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from engine.long_work import long_work
+
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(slots, numbers, drafted, accepted), all int64[B], to int64[B], what each row may draft next."""
 
@@ -28,6 +30,7 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], No
 class Judge:
     """One captured `rule` for at most `size` rows; rows beyond those given are `spare`, of no policy."""
 
+    @long_work()
     def __init__(self, rule: Rule, size: int, spare: int, device: torch.device) -> None:
         self._size, self._spare, self._rows = size, spare, 0
         self._words = torch.zeros(4, size, dtype=torch.int64, device=device)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.speculation.control import PolicyTable
 from engine.speculation.features import VERSION
 from engine.types import CannotLoad
 
@@ -22,8 +23,18 @@ log = logging.getLogger(__name__)
 _IDLE_SECONDS, _BUSY_SECONDS = 5.0, 60.0
 
 
+class _NotFinite(Exception):
+    """What was learned is not to be kept."""
+
+
 class PolicyStateError(CannotLoad):
     """A file of learned state that cannot be used here."""
+
+
+class Learner(Protocol):
+    """What remembers something of all requests: a `PolicyTable`, or a `TreeTable`."""
+
+    def shared(self) -> dict[str, dict[str, Tensor]]: ...
 
 
 class Memory:
@@ -32,7 +43,7 @@ class Memory:
     `pair` names target and draft by fingerprint: what was learned of one pair is refused for another.
     """
 
-    def __init__(self, path: Path, tables: Mapping[str, PolicyTable], pair: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, tables: Mapping[str, Learner], pair: Mapping[str, str]) -> None:
         """Takes over what the file holds, if it exists. Raises PolicyStateError."""
         self._path, self._tables = path, tables
         self._about = {**pair, "features": str(VERSION)}
@@ -54,18 +65,32 @@ class Memory:
         self._kept = time.monotonic()
         try:
             self._write()
-        except (OSError, SafetensorError) as error:  # a full disk must not end those who are served
+        except (
+            OSError,
+            SafetensorError,
+            _NotFinite,
+        ) as error:  # a full disk must not end those who are served
             if not self._failing:
                 log.warning("policy state %r cannot be written: %s", str(self._path), error)
             self._failing = True
         else:
+            if self._failing:
+                log.warning("policy state %r is written again", str(self._path))
             self._failing = False
 
     def _write(self) -> None:
         part = self._path.with_name(self._path.name + ".part")
         held = {name: tensor.contiguous().cpu() for name, tensor in self._shared().items()}
-        save_file(held, part, metadata=self._about)
-        os.replace(part, self._path)
+        for name, tensor in held.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise _NotFinite(f"{name} holds NaN or infinity")  # the next start would refuse it
+        try:
+            save_file(held, part, metadata=self._about)
+            os.replace(part, self._path)
+        except (OSError, SafetensorError):
+            with contextlib.suppress(OSError):
+                part.unlink()  # what there was room for
+            raise
 
     def _shared(self) -> dict[str, Tensor]:
         return {

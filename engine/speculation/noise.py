@@ -8,6 +8,7 @@ Both hash with the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -64,17 +65,27 @@ class GumbelNoise:
     """g(seed, position): standard Gumbel noise over the vocabulary."""
 
     def __init__(self, vocab: int, device: torch.device) -> None:
-        self._lanes = torch.arange(1, vocab + 1, dtype=torch.int64, device=device) * _signed(_STEP)
+        self._lanes = _lanes(vocab, device)
 
     def __call__(self, seeds: Seq[int], positions: Seq[int]) -> Tensor:
         """float64[M, V], row i for (seeds[i], positions[i])."""
-        keys = [_signed(_key(seed, _COUPLED, at)) for seed, at in zip(seeds, positions, strict=True)]
-        x = torch.tensor(keys, dtype=torch.int64, device=self._lanes.device)[:, None] + self._lanes
-        x = (x ^ _shift(x, 30)) * _signed(_MUL1)
-        x = (x ^ _shift(x, 27)) * _signed(_MUL2)
-        x = x ^ _shift(x, 31)
-        u = (_shift(x, 11).to(torch.float64) + 0.5) * 2.0**-53
-        return u.log_().neg_().log_().neg_()
+        return gumbel(
+            [_key(seed, _COUPLED, at) for seed, at in zip(seeds, positions, strict=True)], self._lanes
+        )
+
+
+def _lanes(vocab: int, device: torch.device) -> Tensor:
+    return torch.arange(1, vocab + 1, dtype=torch.int64, device=device) * _signed(_STEP)
+
+
+def gumbel(keys: Seq[int], lanes: Tensor) -> Tensor:
+    """float64[M, V]: standard Gumbel noise, a row for each key."""
+    x = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=lanes.device)[:, None] + lanes
+    x = (x ^ _shift(x, 30)) * _signed(_MUL1)
+    x = (x ^ _shift(x, 27)) * _signed(_MUL2)
+    x = x ^ _shift(x, 31)
+    u = (_shift(x, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return u.log_().neg_().log_().neg_()
 
 
 class RandomSource(Protocol):
@@ -86,6 +97,10 @@ class RandomSource(Protocol):
 
     def bernoulli(self, probs: Tensor, owners: Seq[Sequence]) -> Tensor:
         """bool[B]: True with probability probs[i]."""
+        ...
+
+    def ordered(self, laws: Tensor, owners: Seq[Sequence], most: int) -> list[Iterator[tuple[int, float]]]:
+        """By row of `laws` float[B, V] up to `most` tokens drawn without replacement, with their probabilities."""
         ...
 
 
@@ -107,3 +122,21 @@ class CounterDraws:
 
     def bernoulli(self, probs: Tensor, owners: Seq[Sequence]) -> Tensor:
         return self._uniforms(owners, probs.device) < probs.to(torch.float64)
+
+    def ordered(self, laws: Tensor, owners: Seq[Sequence], most: int) -> list[Iterator[tuple[int, float]]]:
+        """The largest of log q + g are a sample without replacement, in its order (Gumbel top-k)."""
+        keys = []
+        for owner in owners:
+            keys.append(_key(owner.seed, _VECTORS, owner.draws))
+            owner.draws += 1
+        noise = gumbel(keys, _lanes(laws.shape[1], laws.device))
+        return first(laws.log() + noise, laws, most)
+
+
+def first(scores: Tensor, laws: Tensor, most: int) -> list[Iterator[tuple[int, float]]]:
+    """By row the tokens of the highest scores float[B, V], with their probabilities; none of probability 0."""
+    found = scores.topk(min(most, scores.shape[1]), dim=-1).indices
+    ids, probs = found.tolist(), laws.gather(1, found).tolist()
+    return [
+        iter([(t, p) for t, p in zip(*each, strict=True) if p > 0]) for each in zip(ids, probs, strict=True)
+    ]

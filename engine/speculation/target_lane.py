@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.blocks import BlockTable
+from engine.long_work import long_work
 from engine.models.decode_data import META, MOST, write_meta
 from engine.models.fused import FusedRunner
 from engine.models.graphs import bucket
@@ -23,13 +24,14 @@ from engine.models.kernels.agree import agree
 from engine.models.kernels.choose import Chooser
 from engine.sampling import plain
 from engine.sequence import Sequence
-from engine.speculation.drafters.base import RowDraft, Verdict
+from engine.speculation.drafters.base import RowDraft, Verdict, agreed
 from engine.speculation.noise import coupled_state
 
 
 class TargetLane:
-    """`vocab`: ids at or above it are padding and never chosen. `answer` int32[3, 16] on the device, of the
-    pass begun last, by row: draft tokens that stand, the next token, whether the logits were sound."""
+    """`vocab`: ids at or above it are padding and never chosen. `answer` int32[4, 16] on the device, of the
+    pass begun last, by row: draft tokens of a chain that stand, the next token, whether the logits were sound;
+    by token the target's choice behind it, -1 where there is none."""
 
     def __init__(self, runner: FusedRunner, vocab: int) -> None:
         device = runner.device
@@ -50,8 +52,8 @@ class TargetLane:
         self._lines = self._tables_host.numpy()
         self._held: list[tuple[BlockTable | None, int]] = [(None, 0)] * MOST  # what each line shows
         self._places = torch.arange(MOST, dtype=torch.int32, device=device)
-        self.answer = torch.zeros(3, MOST, dtype=torch.int32, device=device)
-        self._answer_host = torch.zeros(3, MOST, dtype=torch.int32).pin_memory()
+        self.answer = torch.zeros(4, MOST, dtype=torch.int32, device=device)
+        self._answer_host = torch.zeros(4, MOST, dtype=torch.int32).pin_memory()
         self._done = torch.cuda.Event()
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -59,7 +61,8 @@ class TargetLane:
         """Whether it can: all rows lack but their newest token, and are plain."""
         tokens = len(rows) + sum(len(draft.tokens) for draft in drafts)
         return tokens <= self._runner.decodes and all(
-            row.coupled and plain(row) and not draft.laws for row, draft in zip(rows, drafts, strict=True)
+            row.coupled and plain(row) and not draft.laws
+            for row, draft in zip(rows, drafts, strict=True)
         )
 
     @torch.inference_mode()
@@ -78,19 +81,21 @@ class TargetLane:
         total = sum(map(len, tokens))
         graph, logits = self._graph(bucket(total))
         self._done.synchronize()  # the host's buffers may still be read
-        self._fill(rows, tokens)
+        self._fill(rows, drafts, tokens)
         graph.replay()
         self._done.record()
-        return logits[:total], lambda: self._verdict(len(rows))
+        return logits[:total], lambda: self._verdict(drafts)
 
-    def _fill(self, rows: Seq[Sequence], tokens: list[list[int]]) -> None:
-        write_meta(self._to, [len(row.tokens) - 1 for row in rows], tokens)
+    def _fill(self, rows: Seq[Sequence], drafts: Seq[RowDraft], tokens: list[list[int]]) -> None:
+        starts = [len(row.tokens) - 1 for row in rows]
+        branches = [draft.branches(start) for draft, start in zip(drafts, starts, strict=True)]
+        write_meta(self._to, starts, tokens, branches)
         at, changed = 0, 0
-        for i, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
-            end = at + len(ids)
+        for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            end = at + len(draft.tokens) + 1
             if row.params.temperature > 0:
                 self._states[at:end] = coupled_state(row.seed)
-                self._keys[at:end] = range(len(row.tokens), len(row.tokens) + len(ids))
+                self._keys[at:end] = [len(row.tokens) + depth for depth in draft.depths()]
             self._heat[at:end] = row.params.temperature
             at = end
             count = len(row.blocks)
@@ -105,15 +110,19 @@ class TargetLane:
 
     def _graph(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         if size not in self._captured:
-            chooser = Chooser(size, self._vocab, self._runner.device)
-            self._to[:META] = 0
-            self._step(size, chooser)  # compiles; a pass of no tokens
-            torch.cuda.synchronize(self._runner.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._step(size, chooser)
-            self._captured[size] = graph, logits[:, : self._vocab]
+            self._captured[size] = self._capture(size)
         return self._captured[size]
+
+    @long_work()
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        chooser = Chooser(size, self._vocab, self._runner.device)
+        self._to[:META] = 0
+        self._step(size, chooser)  # compiles; a pass of no tokens
+        torch.cuda.synchronize(self._runner.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step(size, chooser)
+        return graph, logits[:, : self._vocab]
 
     def _step(self, size: int, chooser: Chooser) -> Tensor:
         """What a graph captures, for at most `size` tokens."""
@@ -126,7 +135,16 @@ class TargetLane:
         self._answer_host.copy_(self.answer, non_blocking=True)
         return logits
 
-    def _verdict(self, rows: int) -> Verdict:
+    def _verdict(self, drafts: Seq[RowDraft]) -> Verdict:
         self._done.synchronize()
-        accepted, next_token, sound = self._answer_host.numpy()[:, :rows].tolist()
-        return Verdict(accepted, next_token, [not each for each in sound])
+        accepted, next_token, sound, chosen = self._answer_host.tolist()
+        verdict = Verdict.of(len(drafts))
+        at = 0
+        for i, draft in enumerate(drafts):
+            end = at + len(draft.tokens) + 1
+            if draft.parents is None:
+                verdict.path[i], verdict.next_token[i] = range(accepted[i]), next_token[i]
+            else:
+                verdict.path[i], verdict.next_token[i] = agreed(draft, chosen[at:end])
+            verdict.failed[i], at = not sound[i], end
+        return verdict

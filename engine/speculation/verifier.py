@@ -2,9 +2,9 @@
 
 Coupled rows (greedy is the case of no noise): the target's choice at each position is
 argmax(log p + g); a draft token stands if it is that choice (arXiv 2408.07978).
-Rejection rows: token y stands with probability min(1, p(y) / q(y)); at the first that falls the
-next token is drawn from norm(max(p - q, 0)), after a full acceptance from p (Leviathan et al.,
-arXiv 2211.17192).
+Rejection rows: token y stands with probability min(1, p(y) / q(y)); where it falls, its next sibling
+is tried against norm(max(p - q, 0)) in place of p, and after the last one the next token is drawn from
+that; after a full acceptance from p (Leviathan et al., arXiv 2211.17192; DySpec, arXiv 2410.11744).
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ class Verifier:
         if not logits.is_cuda:
             return self._on_host(rows, drafts, logits)
         starts = [0, *accumulate(len(draft.tokens) + 1 for draft in drafts)]
-        easy = [i for i, row in enumerate(rows) if plain(row) and not drafts[i].laws]
+        easy = [
+            i
+            for i, row in enumerate(rows)
+            if plain(row) and not drafts[i].laws and (row.coupled or drafts[i].parents is None)
+        ]
         hard = [i for i in range(len(rows)) if i not in set(easy)]
         verdict = Verdict.of(len(rows))
         if easy:
@@ -60,9 +64,7 @@ class Verifier:
 
     def _on_host(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
         places = [
-            Place(row, draft.tokens[:k])
-            for row, draft in zip(rows, drafts, strict=True)
-            for k in range(len(draft.tokens) + 1)
+            Place(row, before) for row, draft in zip(rows, drafts, strict=True) for before in draft.before()
         ]
         scaled = scaled_logits(logits, places, self._eos_ids)
         bad: list[bool] = (~scaled.amax(-1).isfinite()).tolist()  # NaN wins amax
@@ -94,19 +96,18 @@ class Verifier:
         verdict: Verdict,
     ) -> None:
         at = [starts[i] + k for i in chosen for k in range(len(drafts[i].tokens) + 1)]
-        owners = [(i, k) for i in chosen for k in range(len(drafts[i].tokens) + 1)]
+        owners = [(rows[i], depth) for i in chosen for depth in drafts[i].depths()]
         values = scaled[at] if len(at) < scaled.shape[0] else scaled
-        noisy = [j for j, (i, _) in enumerate(owners) if rows[i].params.temperature > 0]
+        noisy = [j for j, (row, _) in enumerate(owners) if row.params.temperature > 0]
         if noisy:
-            seeds = [rows[owners[j][0]].seed for j in noisy]
-            positions = [len(rows[owners[j][0]].tokens) + owners[j][1] for j in noisy]
+            seeds = [owners[j][0].seed for j in noisy]
+            positions = [len(owners[j][0].tokens) + owners[j][1] for j in noisy]
             values = values.to(torch.float64)
             values[noisy] += self._noise(seeds, positions)
         choices = iter(values.argmax(-1).tolist())
         for i in chosen:
             mine = [next(choices) for _ in range(len(drafts[i].tokens) + 1)]
-            accepted = agreed(drafts[i].tokens, mine)
-            verdict.accepted[i], verdict.next_token[i] = accepted, mine[accepted]
+            verdict.path[i], verdict.next_token[i] = agreed(drafts[i], mine)
 
     def _rejection(
         self,
@@ -117,40 +118,80 @@ class Verifier:
         scaled: Tensor,
         verdict: Verdict,
     ) -> None:
+        """All rows walk at once: every one tries the next child of where it stands, or is at its end."""
         laws = scaled.softmax(-1)
-        ratios, owners = [], []
-        for i in chosen:
-            for k, token in enumerate(drafts[i].tokens):
-                p = laws[starts[i] + k, token]
-                q = drafts[i].law(k)
-                ratios.append(p if q is None else p / q[token])
-                owners.append(rows[i])
-        stands = iter(
-            self._random.bernoulli(torch.stack(ratios).clamp(max=1), owners).tolist() if ratios else []
-        )
-        residuals = []
-        for i in chosen:
-            outcomes = [next(stands) for _ in drafts[i].tokens]
-            accepted = [*outcomes, False].index(False)
-            verdict.accepted[i] = accepted
-            residuals.append(residual(laws[starts[i] + accepted], drafts[i], accepted))
-        tokens = self._random.categorical(torch.stack(residuals), [rows[i] for i in chosen]).tolist()
+        walks = {i: Walk(drafts[i], laws[starts[i] : starts[i] + len(drafts[i].tokens) + 1]) for i in chosen}
+        trying = list(chosen)
+        while trying := [i for i in trying if walks[i].tries()]:
+            chances = torch.stack([walks[i].chance() for i in trying]).clamp(max=1)
+            stands = self._random.bernoulli(chances, [rows[i] for i in trying]).tolist()
+            for i, stood in zip(trying, stands, strict=True):
+                walks[i].step(stood)
+        rest = torch.stack([walk.law for walk in walks.values()])
+        tokens = self._random.categorical(rest, [rows[i] for i in chosen]).tolist()
         for i, token in zip(chosen, tokens, strict=True):
-            verdict.next_token[i] = token
+            verdict.path[i], verdict.next_token[i] = walks[i].path, token
 
 
-def residual(p: Tensor, draft: RowDraft, accepted: int) -> Tensor:
-    """float[V]: norm(max(p - q, 0)) at the first draft token that fell; p itself if all stand.
+class Walk:
+    """One row's way through its draft: the children of a node are tried in the order in which they were drawn
+    (DySpec, arXiv 2410.11744; a chain's only child is Leviathan et al.'s case).
+
+    `law` float[V]: what the next token is drawn from if no child is left to try.
+    """
+
+    def __init__(self, draft: RowDraft, laws: Tensor) -> None:
+        """`laws` [len(draft) + 1, V]: the target's at the row's end, then at every node."""
+        self._draft, self._laws = draft, laws
+        self._children = draft.children()
+        self.path: list[int] = []
+        self.law, self._left = laws[0], iter(self._children[0])
+        self._child = -1
+        self._q: Tensor | None = None  # the child's law, without what was taken before it
+
+    def tries(self) -> bool:
+        """Whether a child is left; it is the one that `chance` and `step` are about."""
+        before, self._child = self._child, next(self._left, -1)
+        if self._child < 0:
+            return False
+        q = self._draft.law(self._child)
+        if q is not None and before >= 0:  # what the siblings were is not drawn again
+            assert self._q is not None
+            q = taken(self._q, self._draft.tokens[before])
+        self._q = q
+        return True
+
+    def chance(self) -> Tensor:
+        """float[]: with which the child stands, if below 1."""
+        token = self._draft.tokens[self._child]
+        p = self.law[token]
+        return p if self._q is None else p / self._q[token]
+
+    def step(self, stood: bool) -> None:
+        """Goes to the child, or takes it out of the law."""
+        if stood:
+            self.path.append(self._child)
+            self.law, self._left = self._laws[self._child + 1], iter(self._children[self._child + 1])
+            self._child = -1
+        else:
+            self.law = residual(self.law, self._q, self._draft.tokens[self._child])
+
+
+def residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
+    """float[V]: norm(max(p - q, 0)), after a token drawn from q fell (None: q is one-hot).
 
     If rounding leaves nothing of it, p is q and the token could not have fallen but by rounding: p.
     """
-    if accepted == len(draft.tokens):
-        return p
-    rest = p.clone()
-    q = draft.law(accepted)
     if q is None:
-        rest[draft.tokens[accepted]] = 0
-    else:
-        rest = (rest - q).clamp(min=0)
+        return taken(p, token)
+    rest = (p - q).clamp(min=0)
     total = rest.sum()
     return torch.where(total > 0, rest / total, p)
+
+
+def taken(law: Tensor, token: int) -> Tensor:
+    """float[V]: the law without the token; itself if that leaves nothing."""
+    rest = law.clone()
+    rest[token] = 0
+    total = rest.sum()
+    return torch.where(total > 0, rest / total, law)

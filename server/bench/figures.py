@@ -161,7 +161,6 @@ def _speculation(records: Sequence[Record]) -> Speculation | None:
     drafted, accepted = _sum(parts, "drafted"), _sum(parts, "accepted")
     counted = all("iterations" in part for part in parts)
     iterations = _sum(parts, "iterations") if counted else None
-    emitted = sum(part.get("mean_emitted", 0.0) * part["iterations"] for part in parts) if counted else 0.0
     return Speculation(
         policies=sorted({str(part["policy"]) for part in parts if "policy" in part}),
         drafters=sorted({str(part["drafter"]) for part in parts if "drafter" in part}),
@@ -170,9 +169,17 @@ def _speculation(records: Sequence[Record]) -> Speculation | None:
         accepted=accepted,
         iterations=iterations,
         acceptance_rate=accepted / drafted if drafted else None,
-        mean_sl=drafted / iterations if iterations else None,
-        mean_emitted=emitted / iterations if iterations else None,
+        mean_sl=_mean(parts, "mean_sl", drafted) if iterations else None,
+        mean_emitted=_mean(parts, "mean_emitted", 0) if iterations else None,
     )
+
+
+def _mean(parts: Sequence[Mapping[str, Any]], name: str, total: int) -> float:
+    """Over the iterations of all parts: of what each tells, or of a total where none tells it."""
+    iterations = _sum(parts, "iterations")
+    if not any(name in part for part in parts):
+        return total / iterations
+    return float(sum(part.get(name, 0.0) * part["iterations"] for part in parts)) / iterations
 
 
 def _sum(parts: Iterable[Mapping[str, Any]], name: str) -> int:

@@ -18,7 +18,7 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise PlotError("--plot wants matplotlib: pip install 'disco-serve[report]'") from error
+        raise PlotError("--plot wants matplotlib: pip install -e '.[report]'") from error
 
 
 def draw(report: Report, path: Path) -> None:

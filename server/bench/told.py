@@ -14,6 +14,7 @@ MOST = 10**9
 LONGEST_TIMEOUT = 86_400.0
 _WORDS = ("policy", "drafter")
 _COUNTS = ("iterations", "drafted", "accepted")
+_MEANS = ("mean_emitted", "mean_sl")
 
 
 class BadFigure(ValueError):
@@ -34,11 +35,11 @@ def speculation_of(told: Mapping[str, Any]) -> dict[str, Any]:
     """What a server tells of its drafts, without what is not known here. Raises BadFigure."""
     found: dict[str, Any] = {name: told[name] for name in _WORDS if isinstance(told.get(name), str)}
     found |= {name: count for name in _COUNTS if (count := count_of(told, name)) is not None}
-    mean = told.get("mean_emitted")
-    if mean is not None:
-        if isinstance(mean, bool) or not isinstance(mean, int | float) or not 0 <= mean <= MOST:
-            raise BadFigure(f"mean_emitted is no number of 0 to {MOST}")
-        found["mean_emitted"] = float(mean)
+    for name in _MEANS:
+        if (mean := told.get(name)) is not None:
+            if isinstance(mean, bool) or not isinstance(mean, int | float) or not 0 <= mean <= MOST:
+                raise BadFigure(f"{name} is no number of 0 to {MOST}")
+            found[name] = float(mean)
     return found
 
 

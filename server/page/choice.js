@@ -46,12 +46,18 @@ export class Choice {
     }
   }
 
+  /** The drafter chosen, if it drafts trees: then the options are its own, and no policy stops it. */
+  get trees() {
+    const drafter = this.part("drafter").value;
+    return this.offer.trees.find(({ name }) => name === drafter);
+  }
+
   /** The policies that may govern the drafter chosen; the others are listed with the reason. */
   #listPolicies() {
     const drafter = this.part("drafter").value;
     const select = this.part("policy");
     const before = select.value || this.offer.default.policy;
-    const off = drafter === "none";
+    const off = drafter === "none" || Boolean(this.trees);
     select.replaceChildren(
       ...this.offer.policies.map(({ name, unavailable }) => {
         const option = new Option(unavailable[drafter] ? `${name} (not with ${drafter})` : name, name);
@@ -67,17 +73,21 @@ export class Choice {
   }
 
   #listOptions() {
-    const off = this.part("policy").disabled;
     const drafter = this.part("drafter").value;
+    const { trees } = this;
     const policy = this.offer.policies.find((each) => each.name === this.policy);
-    const { properties = {} } = off || !policy ? {} : resolved(policy.options);
-    const given = this.policy === this.offer.default.policy ? this.offer.default.options : {};
+    const governs = trees ?? (drafter === "none" ? undefined : policy);
+    const { properties = {} } = governs ? resolved(governs.options) : {};
+    const { default: first } = this.offer;
+    const given = (trees ? drafter === first.drafter : this.policy === first.policy) ? first.options : {};
     this.fields = Object.entries(properties).map(([name, schema]) => new Field(name, schema, given[name]));
     this.part("options").replaceChildren(...this.fields.map((field) => field.root));
     this.root.querySelector("details").hidden = this.fields.length === 0;
     const barred = this.offer.policies.filter((each) => each.unavailable[drafter]).map((each) => each.name);
     const why = barred.length ? `Not with this drafter: ${barred.join(", ")}.` : "";
-    this.part("about").textContent = off ? "Nothing is drafted: each pass of the target gives one token." : why;
+    const nothing = "Nothing is drafted: each pass of the target gives one token.";
+    const grown = "Drafts trees, which end by their own rule; the most draft tokens bound their depth.";
+    this.part("about").textContent = trees ? grown : drafter === "none" ? nothing : why;
   }
 
   /** The request's field `speculation`. Throws a RangeError that names what is no number. */
@@ -87,7 +97,7 @@ export class Choice {
     const most = number(this.part("max_sl"), "the most draft tokens");
     if (most !== undefined) chosen.max_sl = most;
     if (drafter === "none") return chosen;
-    chosen.policy = this.policy;
+    if (!this.trees) chosen.policy = this.policy;
     if (this.fields.some((field) => field.changed)) {
       // options in a request take the place of the server's, so all that differ from the policy's own go along
       const values = this.fields.map((field) => [field.name, field.value()]);
@@ -97,11 +107,11 @@ export class Choice {
   }
 }
 
-/** An option of a policy, as its JSON schema has it: a checkbox, a list or a number. */
+/** An option, as its JSON schema has it: a checkbox, a list or a number, which is empty for null. */
 class Field {
   constructor(name, schema, given) {
     this.name = name;
-    this.schema = schema;
+    this.schema = schema = filled(schema);
     this.first = given ?? schema.default;
     this.root = document.createElement("div");
     const label = this.root.appendChild(document.createElement("label"));
@@ -127,7 +137,7 @@ class Field {
     return !same || this.input.validity.badInput;
   }
 
-  /** Undefined where it is the policy's own default. */
+  /** Undefined where it is the default of the policy, or of the trees. */
   value() {
     let value = this.input.value;
     if (this.schema.type === "boolean") value = this.input.checked;
@@ -167,6 +177,12 @@ export function number(input, name) {
 function resolved(schema) {
   const name = schema.$ref?.split("/").pop();
   return name ? schema.$defs[name] : schema;
+}
+
+/** A schema of something or null, as that of the something. */
+function filled(schema) {
+  const some = schema.anyOf?.find(({ type }) => type !== "null");
+  return some ? { ...schema, ...some } : schema;
 }
 
 function plain(text = "") {

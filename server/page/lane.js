@@ -96,7 +96,7 @@ export class Lane {
     if (textAtEnd) text.scrollTop = text.scrollHeight;
     if (stripAtEnd) strip.scrollLeft = strip.scrollWidth;
     const { told } = this.tally;
-    if (told) this.part("who").textContent = told.drafter === "none" ? "no draft" : `${told.policy}, drafter ${told.drafter}`;
+    if (told) this.part("who").textContent = who(told);
   }
 
   #tokens(pass) {
@@ -162,14 +162,14 @@ export class Lane {
     column.id = `${this.id}-${this.columns.length + 1}`;
     column.ariaSelected = "false";
     column.ariaLabel = inWords(pass, this.columns.length + 1);
-    for (let i = 0; i < pass.drafted; i++) {
+    for (let i = 0; i < pass.lookahead; i++) {
       column.append(cell(i < pass.accepted ? "stood" : "fell"));
     }
     const own = pass.tokens.find((token) => token.origin !== "draft");
     if (own) column.append(cell(`own ${own.origin}`));
     this.columns.push({ column, pass });
-    if (pass.drafted > this.longest) {
-      this.longest = pass.drafted;
+    if (pass.lookahead > this.longest) {
+      this.longest = pass.lookahead;
       strip.style.setProperty("--cell", `${Math.max(2, Math.min(9, STRIP / this.longest - 2))}px`);
     }
     return column;
@@ -219,6 +219,11 @@ export class Lane {
       }),
     );
   }
+}
+
+function who({ drafter, policy }) {
+  if (drafter === "none") return "no draft";
+  return policy === "none" ? `drafter ${drafter}` : `${policy}, drafter ${drafter}`;
 }
 
 function cell(kind) {

@@ -6,7 +6,7 @@ export class Tally {
     this.started = started;
     this.first = this.last = null; // when the first and the newest tokens came
     this.passes = [];
-    this.tokens = this.iterations = this.drafted = this.accepted = this.emitted = 0;
+    this.tokens = this.iterations = this.drafted = this.longest = this.accepted = this.emitted = 0;
     this.finish = null;
     this.told = null; // the server's own statistics, with the last chunk
   }
@@ -22,6 +22,7 @@ export class Tally {
       if (!pass.iteration) continue;
       this.iterations += 1;
       this.drafted += pass.drafted;
+      this.longest += pass.lookahead;
       this.accepted += pass.accepted;
       this.emitted += pass.tokens.length;
     }
@@ -39,7 +40,7 @@ export class Tally {
   }
 
   get averageSl() {
-    return ratio(this.drafted, this.iterations);
+    return ratio(this.longest, this.iterations);
   }
 
   get perPass() {
@@ -73,7 +74,8 @@ export function inWords(pass, number) {
     bonus: "then a bonus token",
     target: "the target’s own token",
   };
-  const drafted = pass.drafted ? `drafted ${pass.drafted}, accepted ${pass.accepted}` : "nothing drafted";
+  const tree = pass.drafted > pass.lookahead ? ` in a tree ${pass.lookahead} deep` : "";
+  const drafted = pass.drafted ? `drafted ${pass.drafted}${tree}, accepted ${pass.accepted}` : "nothing drafted";
   const end = own ? `, ${ends[own.origin]}` : "";
   const why = pass.stop_reason ? `; drafting stopped by ${pass.stop_reason}` : "";
   return `Iteration ${number}: ${drafted}${end}${why}`;

@@ -72,9 +72,9 @@ class Speculated(Answer):
     policy: str
     drafter: str
     iterations: int = Field(ge=0, description="passes of the target after the first token")
-    drafted: int = Field(ge=0, description="draft tokens")
+    drafted: int = Field(ge=0, description="draft tokens, of trees all nodes")
     accepted: int = Field(ge=0, description="of these in the answer")
-    mean_sl: float = Field(ge=0, description="drafted by iterations")
+    mean_sl: float = Field(ge=0, description="tokens on the longest way of each draft, by iterations")
     acceptance_rate: float = Field(ge=0, le=1, description="accepted by drafted")
     mean_emitted: float = Field(ge=0, description="tokens of an iteration")
     draft_seconds: float = Field(ge=0)
@@ -108,7 +108,7 @@ class PassToken(Answer):
     )
     origin: Literal["draft", "correction", "bonus", "target"] = Field(
         description="draft: drafted and accepted; correction: the target's, in place of a draft token that "
-        "fell; bonus: the target's, after a draft that stood whole; target: nothing had been drafted"
+        "fell; bonus: the target's, where nothing more had been drafted; target: there was no draft"
     )
 
 
@@ -116,7 +116,8 @@ class Pass(Answer):
     """One pass of the target for a choice; ours. Sums over all are the choice's `speculation`."""
 
     iteration: bool = Field(description="false: the pass over the prompt, which gives the first token")
-    drafted: int = Field(ge=0, description="draft tokens: the lookahead of this iteration")
+    drafted: int = Field(ge=0, description="draft tokens, of a tree all nodes")
+    lookahead: int = Field(ge=0, description="of these on the longest way: a chain's are all")
     accepted: int = Field(ge=0, description="of these in the answer")
     stop_reason: str | None = Field(description="why drafting stopped, as policy, cap, room, drafter")
     draft_seconds: float = Field(ge=0)
@@ -193,6 +194,15 @@ class PolicyCard(Answer):
     head: dict[str, Any] | None = Field(description="what it was taught on")
 
 
+class TreeCard(Answer):
+    """A drafter of trees: it needs no policy."""
+
+    name: str
+    options: dict[str, Any] = Field(description="a JSON schema")
+    unavailable: str | None = Field(description="why it cannot draft here; null: it can")
+    head: dict[str, Any] | None = Field(description="what it was taught on")
+
+
 class PolicyDefault(Answer):
     drafter: str
     policy: str
@@ -205,6 +215,7 @@ class PolicyList(Answer):
     object: Literal["list"]
     drafters: list[str]
     policies: list[PolicyCard]
+    trees: list[TreeCard]
     max_sl: int = Field(ge=0)
     default: PolicyDefault
 

@@ -68,7 +68,7 @@ def _readable(error: ValidationError) -> InvalidRequest:
     cause = first.get("ctx", {}).get("error")
     match first["type"]:
         case "extra_forbidden":
-            return InvalidRequest(f"unknown field '{param}'", param, "unknown_field")
+            return InvalidRequest(f"unknown field '{param or ''}'", param, "unknown_field")
         case "missing":
             return InvalidRequest(f"the field '{param}' is required", param, "missing_field")
         case "model_type" | "dict_type":

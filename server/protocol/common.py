@@ -9,15 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from engine.types import CompiledGrammar, InvalidRequest, SamplingParams, SpeculationParams
+from server.bounds import MAX_N, MAX_TIMEOUT
 from server.grammar import Structure
 from server.protocol.base import Body
 from server.protocol.fields import INT64, MAX_WORDS, LogitBias, Only, Stops, TokenId, Word
 from server.protocol.structured import StructuredOutputs
 
-__all__ = ["MAX_SEQUENCES", "Body", "GenerationBody", "Speculation", "StreamOptions", "choice_seed"]
-
-MAX_SEQUENCES = 2048
-"""The most sequences that one request may ask for: prompts times choices."""
+__all__ = ["Body", "GenerationBody", "Speculation", "StreamOptions", "choice_seed"]
 
 _OLD = "use 'structured_outputs', which took its place"
 _NOT_STORED = "answers are not stored"
@@ -43,14 +41,20 @@ class StreamOptions(Body):
 class Speculation(Body):
     """Who proposes and who stops, for this request; `GET /v1/policies` lists the names and options."""
 
-    drafter: str | None = Field(default=None, description="who drafts; default: the server's")
-    policy: str | None = Field(default=None, description="who decides when to stop; default: the server's")
-    options: dict[str, Any] | None = Field(default=None, description="options of that policy")
+    drafter: str | None = Field(
+        default=None, description="who drafts: chains, or trees as dyspec; default: the server's"
+    )
+    policy: str | None = Field(
+        default=None, description="who decides when a chain stops; default: the server's; not with trees"
+    )
+    options: dict[str, Any] | None = Field(
+        default=None, description="options of that policy, or of a drafter of trees"
+    )
     max_sl: int | None = Field(
         default=None,
         ge=0,
         lt=INT64,
-        description="the most draft tokens of one iteration; at most the server's",
+        description="the most draft tokens of one iteration, of a tree on one way; at most the server's",
     )
 
     def params(self) -> SpeculationParams:
@@ -75,7 +79,7 @@ class GenerationBody(Body):
     }
 
     model: str = Field(description="a name that `GET /v1/models` lists; the answer's `model` is the same")
-    n: int = Field(1, ge=1, le=128, description="choices for each prompt")
+    n: int = Field(1, ge=1, le=MAX_N, description="choices for each prompt")
     stop: Stops = Field(
         [], description="up to 4 strings that end the text; they are not part of it unless asked for"
     )
@@ -159,6 +163,13 @@ class GenerationBody(Body):
         "", description="vLLM's: prefixes are shared only among requests of the same salt"
     )
     speculation: Speculation = Field(Speculation(), description="ours: who drafts and who stops")
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_TIMEOUT,
+        description="ours: seconds from the request's arrival in which its answer must be whole, else it is "
+        "given up; default: the server's, which is the most there is",
+    )
 
     @model_validator(mode="after")
     def _stream_fits(self) -> GenerationBody:
@@ -179,6 +190,11 @@ class GenerationBody(Body):
     @property
     def include_speculation(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_speculation
+
+    @property
+    def sequences(self) -> tuple[int, str]:
+        """How many are asked for, and the field that says so."""
+        return self.n, "n"
 
     def structure(self) -> Structure | None:
         """What the answer must look like; None: anything goes. Raises InvalidRequest."""

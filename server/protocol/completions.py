@@ -7,9 +7,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from engine.types import InvalidRequest
+from server.bounds import MAX_SEQUENCES
 from server.grammar import Structure
 from server.protocol.base import integral
-from server.protocol.common import MAX_SEQUENCES, GenerationBody
+from server.protocol.common import GenerationBody
 from server.protocol.fields import INT64, Only
 from server.protocol.response_format import ResponseFormat
 
@@ -95,6 +96,11 @@ class CompletionBody(GenerationBody):
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def sequences(self) -> tuple[int, str]:
+        """How many are asked for, and the field that says so."""
+        return len(self.prompt) * self.candidates, "prompt"
+
+    @property
     def scored(self) -> int | None:
         """How many likely tokens to tell at each place of the prompt; None: its tokens are not scored."""
         wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
@@ -121,7 +127,7 @@ class CompletionBody(GenerationBody):
         if formed and self.structured_outputs is not None:
             message = "'response_format' and 'structured_outputs' exclude each other"
             raise InvalidRequest(message, "structured_outputs")
-        sequences = len(self.prompt) * self.candidates
+        sequences, _ = self.sequences
         if sequences > MAX_SEQUENCES:
             message = f"prompts times choices are {sequences}; at most {MAX_SEQUENCES} are allowed"
             raise InvalidRequest(message, "prompt")

@@ -22,7 +22,7 @@ from server.protocol.answers_chat import ChatAnswer, ChatChunk
 from server.protocol.chat import ChatBody
 from server.protocol.examples import CHAT
 from server.statistics import total
-from server.stream import attended, plain, sse
+from server.stream import plain, sse, timely
 from server.turn import Delta, ToolDelta, TurnReader
 
 router = APIRouter(tags=["generation"])
@@ -35,7 +35,8 @@ async def chat_completions(request: Request) -> Response:
     body = await bodies.read(request, ChatBody, context.settings.max_body_bytes)
     context.check_model(body.model)
     answer = _Answer(context, body)
-    choices = await attended(request, choices_of(context, body, id=answer.id, arrival=answer.arrival))
+    context.accept(body, answer.arrival)
+    choices = await timely(request, choices_of(context, body, id=answer.id, arrival=answer.arrival))
     if body.stream:
         return sse(answer.chunks(choices), context.settings.shutdown_seconds)
     return await plain(request, answer.whole(choices))

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from engine.types import CompiledGrammar, GenerateRequest, TokenLogprob
 from server.context import Context, context_of
 from server.detokenize import TextStream
-from server.generation import Choice, Piece, check_all, generate, usage_of
+from server.generation import Choice, Piece, generate, usage_of
 from server.logprobs import completion_logprobs, prompt_logprobs
 from server.openapi import documented
 from server.protocol import body as bodies
@@ -23,7 +23,7 @@ from server.protocol.completions import CompletionBody
 from server.protocol.examples import COMPLETION
 from server.render import Prompt
 from server.statistics import total
-from server.stream import attended, plain, sse
+from server.stream import plain, sse, timely
 from server.turn import Delta
 
 router = APIRouter(tags=["generation"])
@@ -40,9 +40,10 @@ async def completions(request: Request) -> Response:
     context.check_model(body.model)
     info = context.ready()
     answer = _Answer(context, body)
+    context.accept(body, answer.arrival)
     special = body.add_special_tokens
     prompts = await context.renderer.prompts(body.prompt, info.max_model_len, special=special)
-    choices = await attended(request, answer.choices(prompts))
+    choices = await timely(request, answer.choices(prompts))
     if body.stream:
         return sse(answer.chunks(choices), context.settings.shutdown_seconds)
     return await plain(request, answer.whole(choices))
@@ -68,7 +69,7 @@ class _Answer:
             for p, prompt in enumerate(prompts)
             for i in numbers
         ]
-        await check_all(self.context.engine, requests)
+        requests = await self.context.admit(requests)
         include_stop = self.body.include_stop_str_in_output
         return [
             Choice(i, request, prompt, self.context.text_stream(self.body, prompt.ids), include_stop)

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from engine.speculation.policy import describe
+from engine.speculation.tree import describe_trees
 from engine.types import ModelInfo
 from server.context import Context, context_of
 from server.openapi import documented
@@ -15,6 +16,7 @@ from server.protocol.answers import ModelCard, ModelList, PolicyList
 
 router = APIRouter(tags=["models"])
 _STARTED = int(time.time())
+_NO_MODEL = "this server has no draft model"
 
 
 def _model(context: Context, name: str) -> dict[str, Any]:
@@ -47,9 +49,11 @@ async def model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.get("/v1/policies", **documented(answer=PolicyList, errors=(500, 503)))
 async def policies(request: Request) -> dict[str, Any]:
-    """What the field `speculation` may name: drafters, and policies with their options as JSON schema.
+    """What the field `speculation` may name: drafters, policies of those that draft chains, with their options
+    as JSON schema, and `trees`: the drafters that take options themselves, and no policy.
 
-    `unavailable` says by drafter why a policy cannot govern it here; `head` what it was taught on.
+    `unavailable` says by drafter why a policy cannot govern it here, or why there are no such trees; `head` what
+    it was taught on.
     """
     info = context_of(request).ready()
     return {
@@ -66,16 +70,27 @@ async def policies(request: Request) -> dict[str, Any]:
             }
             for name, schema in describe().items()
         ],
+        "trees": [
+            {
+                "name": name,
+                "options": schema,
+                "unavailable": None if name in info.drafters else info.absent.get(name, _NO_MODEL),
+                "head": info.heads.get(name),
+            }
+            for name, schema in describe_trees().items()
+        ],
         "max_sl": info.max_sl,
         "default": _default(info),
     }
 
 
 def _default(info: ModelInfo) -> dict[str, Any]:
-    """What a request gets that names nothing. Nobody stops who does not draft: then the policy is "none"."""
+    """What a request gets that names nothing. Nobody stops who does not draft: then the policy is "none"; nor
+    does a policy stop trees."""
     drafts = info.default_drafter != "none"
+    chains = drafts and info.default_drafter not in describe_trees()
     return {
         "drafter": info.default_drafter,
-        "policy": info.default_policy if drafts else "none",
+        "policy": info.default_policy if chains else "none",
         "options": info.default_options if drafts else {},
     }

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from server.context import context_of
-from server.errors import unavailable
+from server.errors import shutting_down, unavailable
 from server.metrics_port import exposition
 from server.openapi import documented
 from server.protocol.answers import Health, Ready, Version
@@ -37,8 +37,11 @@ async def health(request: Request) -> dict[str, Any]:
 
 @router.get("/ready", **documented(answer=Ready, errors=(500, 503)))
 async def ready(request: Request) -> dict[str, Any]:
-    """200 if a request would be served now: whether to send traffic here."""
-    info = context_of(request).ready()
+    """200 if a request would be served now: whether to send traffic here. 503 once the server ends."""
+    context = context_of(request)
+    if context.door.draining:
+        raise shutting_down()
+    info = context.ready()
     return {"status": "ready", "target": info.target, "draft": info.draft, "device": info.device}
 
 

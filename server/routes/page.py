@@ -18,7 +18,7 @@ _TYPES = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-_HEADERS = {
+HEADERS = {
     # nothing from elsewhere, nothing inline, nothing sent elsewhere, in nobody's frame
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -65,7 +65,7 @@ async def part(request: Request, name: str) -> Response:
 
 
 def _answer(request: Request, file: _File) -> Response:
-    headers = {**_HEADERS, "etag": file.etag}
+    headers = {**HEADERS, "etag": file.etag}
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if file.etag in known or known == ["*"]:
         return Response(status_code=304, headers=headers)

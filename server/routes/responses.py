@@ -25,7 +25,7 @@ from server.responses_chat import chat_body, renamed
 from server.responses_events import Event, Logprobs, Output, Status
 from server.responses_object import ResponseObject
 from server.responses_stream import named_events
-from server.stream import attended, plain
+from server.stream import plain, timely
 
 router = APIRouter(tags=["generation"])
 
@@ -39,8 +39,10 @@ async def responses(request: Request) -> Response:
     context = context_of(request)
     body = await bodies.read(request, ResponsesBody, context.settings.max_body_bytes)
     context.check_model(body.model)
-    answer = _Answer(context, body)
-    choice = await attended(request, answer.choice())
+    arrival = time.monotonic()
+    context.accept(body, arrival)
+    answer = _Answer(context, body, arrival)
+    choice = await timely(request, answer.choice())
     if body.stream:
         return named_events(answer.events(choice), context.settings.shutdown_seconds)
     return await plain(request, answer.whole(choice))
@@ -49,9 +51,8 @@ async def responses(request: Request) -> Response:
 class _Answer:
     """One request's answer, streamed or whole: the whole one is the stream's last state."""
 
-    def __init__(self, context: Context, body: ResponsesBody) -> None:
-        self._context, self._body = context, body
-        self._arrival = time.monotonic()
+    def __init__(self, context: Context, body: ResponsesBody, arrival: float) -> None:
+        self._context, self._body, self._arrival = context, body, arrival
         self._chat = chat_body(body)
         self._object = ResponseObject(body)
         self._output = Output()

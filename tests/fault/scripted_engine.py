@@ -4,14 +4,44 @@ It counts: every step gives every request the next number, until max_tokens. A m
 so that a worker process that loads it loads nothing else.
 """
 
+import gc
 import os
 import signal
+import socket
 import time
 
+import psutil
+import zmq
+
 from engine.config import EngineConfig
+from engine.long_work import long_work
+from engine.reading import Unread
 from engine.types import GenerateRequest, InvalidRequest, ModelInfo, StepStats, TokenEvent
 
-COUNT, EXIT, KILL, RAISE, HANG, REFUSE, BREAK_ADD, SLOW = range(8)
+COUNT, EXIT, KILL, RAISE, HANG, REFUSE, BREAK_ADD, SLOW, LONG, WAITS, GARBAGE, CLOSES, CUTS = range(13)
+
+
+class Nothing:
+    """Takes its time to read what is nothing."""
+
+    def read(self, data: bytes) -> None:
+        time.sleep(1.2)
+
+    def keep(self, key: str, compiled: None) -> None:
+        return None
+
+
+def line() -> zmq.Socket[bytes]:
+    """The socket to the client."""
+    (found,) = [each for each in gc.get_objects() if isinstance(each, zmq.Socket)]
+    return found
+
+
+def cut_line() -> None:
+    """Ends the connection under it."""
+    for each in psutil.Process().net_connections("unix"):
+        with socket.socket(fileno=os.dup(each.fd)) as half:
+            half.shutdown(socket.SHUT_RDWR)
 
 
 class Scripted:
@@ -38,10 +68,14 @@ class Scripted:
         )  # fmt: skip
         self.open: dict[str, tuple[GenerateRequest, int]] = {}
         self.aborted = 0
+        self.waited: set[str] = set()
 
     def add(self, request: GenerateRequest) -> None:
         if request.prompt_ids[0] == REFUSE:
             raise InvalidRequest("the engine says no", "prompt", "no")
+        if request.prompt_ids[0] == WAITS and request.id not in self.waited:
+            self.waited.add(request.id)
+            raise Unread(Nothing(), "nothing")
         if request.prompt_ids[0] == BREAK_ADD:
             raise RuntimeError("add is broken")
         self.open[request.id] = (request, 0)
@@ -85,3 +119,21 @@ class Scripted:
             raise RuntimeError("the step is broken")
         if kind == HANG:
             time.sleep(600)
+        if kind == LONG:
+            with long_work():
+                time.sleep(1.2)
+        if kind == GARBAGE:
+            line().send(b"no message")
+        if kind == CLOSES:
+            line().close(linger=0)
+        if kind == CUTS:
+            cut_line()
+            time.sleep(600)
+
+
+class Paced(Scripted):
+    """Its steps take as long as those of a small model."""
+
+    def step(self) -> tuple[list[TokenEvent], StepStats]:
+        time.sleep(0.02)
+        return super().step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,10 +27,12 @@ async def running(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def listening(app: FastAPI, shutdown_seconds: float = 30) -> AsyncIterator[int]:
+async def listening(
+    app: FastAPI, shutdown_seconds: float = 30, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
     """The port of the app behind uvicorn, as the server runs it."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = http1.Server(app, shutdown_seconds, late=app.state.context.engine.close)
+    server = http1.Server(app, shutdown_seconds, late=app.state.context.engine.close, tls=tls)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.01)

@@ -70,7 +70,7 @@ async def test_it_is_a_400(port: int, log: pytest.LogCaptureFixture, name: str) 
     else:
         assert int(response.headers["content-length"]) == len(response.content)
         assert check_error(response, 400)["code"] == "invalid_http"
-    told = [record for record in log.records if record.name == "server.http1"]
+    told = [record for record in log.records if record.name == "server.http1_protocol"]
     assert [record.getMessage() for record in told] == ["a request that is not HTTP: 400"]
     assert all(record.levelno <= logging.INFO for record in log.records)
     assert "forged" not in log.text

@@ -127,6 +127,25 @@ async def test_what_is_refused_is_told(
     assert "secret" not in told.text and "generated_tokens" not in line
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 500}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 500}),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 500}),
+    ],
+)
+async def test_the_prompt_of_what_is_refused_is_told_once_it_was_read(
+    make_app: Callable[..., FastAPI], told: Lines, path: str, body: dict[str, Any]
+) -> None:
+    async with running(make_app(log_prompts=True)) as client:
+        assert (await client.post(path, json={"model": "tiny", **body})).status_code == 400
+    line = told.request()
+    assert line["outcome"] == "refused" and line["texts"] == []
+    (prompt,) = line["prompts"]
+    assert "hello" in prompt
+
+
 async def test_a_missing_key_is_told(make_app: Callable[..., FastAPI], told: Lines) -> None:
     async with running(make_app(api_key=[SecretStr("k")])) as client:
         await client.post("/v1/completions", json=GOOD)

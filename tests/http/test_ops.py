@@ -100,7 +100,7 @@ async def test_cors_only_if_asked(make_app: Callable[..., FastAPI]) -> None:
     async with running(make_app()) as client:
         response = await client.options("/v1/completions", headers=headers)
         assert "access-control-allow-origin" not in response.headers
-    async with running(make_app(cors_origins=["http://page"])) as client:
+    async with running(make_app(cors_origin=["http://page"])) as client:
         response = await client.options("/v1/completions", headers=headers)
         assert response.headers["access-control-allow-origin"] == "http://page"
 

@@ -21,6 +21,7 @@ CHOICES: list[dict[str, Any]] = [
     {"policy": "static", "options": {"sl": 4}},
     {"drafter": "ngram", "policy": "confidence"},
     {"drafter": "none"},
+    {"drafter": "dyspec", "options": {"budget": 12, "threshold": 0.02}},
 ]
 
 
@@ -46,6 +47,8 @@ def test_they_add_up(app: Live, path: str, speculation: dict[str, Any]) -> None:
     origins = {token["origin"] for token in tokens_of(passes)}
     if speculation.get("drafter") == "none":
         assert origins == {"target"} and all(each["drafted"] == 0 for each in passes)
+    if speculation.get("drafter") == "dyspec":
+        assert any(each["drafted"] > each["lookahead"] for each in passes) and "draft" in origins
     if speculation.get("policy") == "static":
         assert {"draft", "correction"} < origins and max(each["drafted"] for each in passes) == 4
 

@@ -26,7 +26,7 @@ from disco_ray import bridge
 from disco_ray.call import Call, portable
 
 needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'disco-serve[ray]'"
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'"
 )
 
 

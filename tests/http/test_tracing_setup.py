@@ -85,4 +85,4 @@ def test_serve_says_in_one_line_why_it_cannot_trace(monkeypatch: pytest.MonkeyPa
     result = CliRunner().invoke(cli.app, ["serve", "--port", "0", "--otlp-endpoint", "http://c:1"])
     assert result.exit_code == 1
     (line,) = result.stderr.strip().splitlines()
-    assert "pip install 'disco-serve[tracing]'" in line and "http://c:1" in line
+    assert "pip install -e '.[tracing]'" in line and "http://c:1" in line

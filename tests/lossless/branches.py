@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -46,7 +46,7 @@ class World:
             outcome, p = self.script[at]
             assert abs(law[outcome] - p) < 1e-12, "a replayed choice came with another law"
         else:
-            possible = [i for i, p in enumerate(law) if p > 0]
+            possible = [i for i, p in enumerate(law) if p > 1e-14]  # less is rounding, another one each time
             outcome = possible[0]
             self.others += [(*self.path, (i, law[i])) for i in possible[1:]]
         self.path = (*self.path, (outcome, law[outcome]))
@@ -75,6 +75,20 @@ class Scripted:
         return torch.tensor(
             [self._world(o).choose([1 - p, p]) == 1 for p, o in zip(probs.tolist(), owners, strict=True)]
         )
+
+    def ordered(self, laws: Tensor, owners: Seq[Sequence], most: int) -> list[Iterator[tuple[int, float]]]:
+        return [self._drawn(self._world(o), law, most) for law, o in zip(laws.tolist(), owners, strict=True)]
+
+    def _drawn(self, world: World, law: list[float], most: int) -> Iterator[tuple[int, float]]:
+        """Draws when asked, so that a follower that nobody takes is no branch."""
+        left = list(law)
+        for _ in range(most):
+            total = math.fsum(left)
+            if total <= 1e-12:
+                return
+            token = world.choose([p / total for p in left])
+            left[token] = 0.0
+            yield token, law[token]
 
 
 def output_law(
@@ -124,7 +138,11 @@ class Case:
         )
 
     def engine(self, random: RandomSource) -> Engine:
-        blocks = self.width * (-(-(len(self.prompt) + self.params.max_tokens) // self.block_size) + 1)
+        # What a row cannot get in one batch but in another would make two worlds of one.
+        longest = (
+            len(self.prompt) + self.params.max_tokens + (self.speculation.options or {}).get("budget", 0)
+        )
+        blocks = self.width * (-(-longest // self.block_size) + 1)
         return toy_engine(
             self.pair,
             random=random,

@@ -19,6 +19,24 @@ def spec(drafter: str = "model", policy: str = "static", **options: object) -> S
     return SpeculationParams(drafter=drafter, policy=policy, options=options)
 
 
+def tree(drafter: str, **options: object) -> SpeculationParams:
+    return SpeculationParams(drafter=drafter, options=options)
+
+
+EVERY_TREE = (
+    tree("dyspec"),
+    *(
+        tree("dyspec", growth=growth, budget=n, max_depth=d, draft_temperature=1.5)
+        for growth in ("layers", "greedy")
+        for n, d in ((1, 1), (6, 3))
+    ),
+    tree("dyspec", budget=64, max_depth=12, threshold=0.0),
+    tree("goodput_tree", budget=16, max_depth=5),
+    *(tree("opt_tree", budget=n, max_depth=d, width=2) for n, d in ((2, 5), (12, 4))),
+    tree("c2t"),
+    *(tree("c2t", budget=n, max_depth=d, threshold=0.1, width=3) for n, d in ((1, 1), (6, 3))),
+)
+
 EVERY_SPECULATION = (
     SpeculationParams(drafter="none"),
     *(spec(drafter, "static", sl=sl) for drafter in ("model", "ngram") for sl in (0, 1, 3, 7)),
@@ -36,6 +54,7 @@ EVERY_SPECULATION = (
     *(spec(drafter, "bandit", max_sl=5) for drafter in ("model", "ngram")),
     spec("model", "disco"),
     spec("model", "specdec_pp"),
+    *EVERY_TREE,
 )
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.speculation.policy import policies
+from engine.speculation.tree import rules
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
 
 FEW_TOKENS = 16
@@ -54,12 +55,21 @@ OF_HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "specdec_pp bold": ("specdec_pp", {"h": 0.98, "max_sl": 16}),
 }
 """With the heads that ship for the default pair: of its draft model only."""
+TREES = {f"tree, {name}": SpeculationParams(drafter=name) for name in sorted(rules())} | {
+    f"tree, {name}": SpeculationParams(drafter=rule, options=options)
+    for name, rule, options in (
+        ("dyspec greedy", "dyspec", {"growth": "greedy", "budget": 12}),
+        ("dyspec bold", "dyspec", {"budget": 64, "max_depth": 12, "threshold": 0.005}),
+        ("opt_tree deep", "opt_tree", {"budget": 12, "max_depth": 12, "width": 3, "delta": 0.0}),
+    )
+}
 EVERY = {
     f"{drafter}, {name}": SpeculationParams(drafter=drafter, policy=policy, options=options)
     for drafter, named in (("ngram", POLICIES), ("model", POLICIES | OF_HEADS))
     for name, (policy, options) in named.items()
-} | {"none": SpeculationParams(drafter="none")}
-MIXED = "mixed policies"
+}
+EVERY |= TREES | {"none": SpeculationParams(drafter="none")}
+MIXED, MIXED_TREES = "mixed policies", "mixed with trees"
 
 
 @dataclass
@@ -181,11 +191,18 @@ def compare(
 
 
 def configurations(names: list[str]) -> Iterator[tuple[str, list[SpeculationParams], int]]:
-    """Each alone at batch 1 and 8, then all of them side by side in batches of 8."""
+    """Each alone at batch 1 and 8, then side by side in batches of 8: all of them, and trees with chains."""
     for batch in (1, 8):
         for name in names:
             yield f"{name}, batch {batch}", [EVERY[name]], batch
     yield f"{MIXED}, batch 8", list(EVERY.values()), 8
+    yield f"{MIXED_TREES}, batch 8", BESIDE_TREES, 8
+
+
+BESIDE_TREES = [
+    *TREES.values(),
+    *(EVERY[name] for name in ("model, static 3", "ngram, static 7", "model, static 0", "none")),
+]
 
 
 def explain(
@@ -216,18 +233,23 @@ SHORT = [
     ("model, disco", 8),
     ("model, specdec_pp bold", 8),
     ("model, goodput", 8),
+    ("tree, dyspec", 1),
+    ("tree, opt_tree deep", 8),
     (MIXED, 8),
+    (MIXED_TREES, 8),
 ]
 
 
 MIX = [EVERY[name] for name in ("ngram, static 7", "model, goodput", "model, disco", "model, tetris")]
+TREE_MIX = [EVERY[name] for name in ("tree, dyspec", "model, static 0", "tree, opt_tree", "model, static 3")]
 """One for each of the few prompts: neighbours of other drafters and policies."""
+NEIGHBOURS = {MIXED: MIX, MIXED_TREES: TREE_MIX}
 
 
 @pytest.mark.parametrize(("name", "batch"), SHORT)
 def test_greedy_is_transformers_generate(engine: Engine, smollm2: Path, name: str, batch: int):
     prompts, expected = encoded(smollm2, FEW), by_transformers(smollm2, FEW, FEW_TOKENS)
-    kinds = MIX if name == MIXED else [EVERY[name]]
+    kinds = NEIGHBOURS.get(name) or [EVERY[name]]
     tally = compare(engine, name, prompts, expected, FEW_TOKENS, GREEDY, kinds, batch)
     report(smollm2, [tally], prompts, expected)
     assert tally.drafted > 0 or "goodput" in name  # a busy machine may tell it that drafts do not pay
@@ -237,7 +259,7 @@ def test_greedy_is_transformers_generate(engine: Engine, smollm2: Path, name: st
 def test_seeded_sampling_is_the_same_text(engine: Engine, smollm2: Path, kind: str):
     prompts = encoded(smollm2, FEW)
     plain, *_ = generate(engine, prompts, FEW_TOKENS, SEEDED[kind], [EVERY["none"]], 8)
-    for kinds, batch in (MIX, 8), ([EVERY["model, static 3"]], 1):
+    for kinds, batch in (MIX, 8), (TREE_MIX, 8), ([EVERY["model, static 3"]], 1), ([EVERY["tree, dyspec"]], 1):
         count = len(prompts) if batch > 1 else 2
         tally = compare(engine, kind, prompts[:count], plain[:count], FEW_TOKENS, SEEDED[kind], kinds, batch)
         report(smollm2, [tally], prompts, plain)
@@ -256,5 +278,6 @@ def test_a_difference_is_found_and_explained(smollm2: Path):
 
 
 def test_every_policy_is_compared():
-    """A policy that comes later is not forgotten here."""
+    """Nor is a policy or a rule for trees that comes later forgotten here."""
     assert {speculation.policy for speculation in EVERY.values()} == {*policies(), None}
+    assert {speculation.drafter for speculation in EVERY.values()} == {"model", "ngram", "none", *rules()}

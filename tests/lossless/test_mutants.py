@@ -23,10 +23,10 @@ from engine.models.runner import Chunk
 from engine.scheduler import PlanRow
 from engine.sequence import Sequence, TokenCounts
 from engine.speculation.control import PolicyTable
-from engine.speculation.drafters.base import Drafted, RowDraft
+from engine.speculation.drafters.base import Drafted
 from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.noise import GumbelNoise, RandomSource, uniform
-from engine.speculation.verifier import Verifier
+from engine.speculation.verifier import Verifier, Walk
 from engine.types import GenerateRequest, SamplingParams, TokenEvent
 
 PAIR = different(3)
@@ -67,14 +67,15 @@ def test_a_policy_that_drops_a_sampled_token(monkeypatch: Patch):
     must_fail(CONFIDENT)
 
 
-def _residual(monkeypatch: Patch, mutant: Callable[[Tensor, RowDraft, int], Tensor]) -> None:
-    """In place of the law that is drawn from behind a rejected token, or behind all of them."""
+def _residual(monkeypatch: Patch, mutant: Callable[[Tensor, Tensor | None, int], Tensor]) -> None:
+    """In place of the law that is drawn from behind a rejected token."""
     monkeypatch.setattr(engine.speculation.verifier, "residual", mutant)
 
 
 def test_a_residual_that_is_not_normalised(monkeypatch: Patch):
-    def residual(p: Tensor, draft: RowDraft, accepted: int) -> Tensor:
-        return p if accepted == len(draft.tokens) else (p - draft.laws[accepted]).clamp(min=0)
+    def residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
+        assert q is not None
+        return (p - q).clamp(min=0)
 
     _residual(monkeypatch, residual)
     must_fail(STATIC)
@@ -82,19 +83,20 @@ def test_a_residual_that_is_not_normalised(monkeypatch: Patch):
 
 @pytest.mark.parametrize("drafter", ["model", "ngram"])
 def test_a_rejected_token_is_replaced_from_p(monkeypatch: Patch, drafter: str):
-    _residual(monkeypatch, lambda p, draft, accepted: p)
+    _residual(monkeypatch, lambda p, q, token: p)
     must_fail(Case(PAIR, SamplingParams(max_tokens=4), spec(drafter, sl=2)))
 
 
 def test_the_bonus_comes_from_the_draft(monkeypatch: Patch):
-    shipped = engine.speculation.verifier.residual
+    shipped = Walk.step
 
-    def residual(p: Tensor, draft: RowDraft, accepted: int) -> Tensor:
-        if draft.laws and accepted == len(draft.tokens):
-            return draft.laws[-1]
-        return shipped(p, draft, accepted)
+    def step(self: Walk, stood: bool) -> None:
+        q = self._q
+        shipped(self, stood)
+        if stood and q is not None and len(self.path) == len(self._draft.tokens):
+            self.law = q
 
-    _residual(monkeypatch, residual)
+    monkeypatch.setattr(Walk, "step", step)
     must_fail(STATIC)
 
 
@@ -103,7 +105,7 @@ def _acceptance(monkeypatch: Patch, change: Callable[[Tensor], Tensor]) -> None:
 
     class Changed:
         def __init__(self, source: RandomSource) -> None:
-            self.categorical, self._source = source.categorical, source
+            self.categorical, self.ordered, self._source = source.categorical, source.ordered, source
 
         def bernoulli(self, probs: Tensor, owners: Seq[Sequence]) -> Tensor:
             return self._source.bernoulli(change(probs), owners)
@@ -156,7 +158,7 @@ def test_rejection_draws_keyed_by_position(policy: str):
 
     def build(rows: int) -> Engine:
         engine = toy_engine(PEEK_PAIR, blocks=rows * 8, rows=rows)
-        engine._parts.drafters["model"]._random = PositionDraws(0)  # type: ignore[attr-defined]
+        engine._parts.drafters["model"].random = PositionDraws(0)  # type: ignore[attr-defined]
         engine._parts.verifier._random = PositionDraws(1)
         return engine
 
@@ -218,8 +220,8 @@ def test_target_kv_rolled_back_wrong_by_one(monkeypatch: Patch, offset: int):
     def mark(seq: Sequence, all_accepted: bool) -> None:
         wrong[id(seq.blocks)] = (seq.blocks, not all_accepted)
 
-    def chunk(tokens: Seq[int], start: int, blocks: Seq[int], logits: int = 1) -> Chunk:
-        return Chunk(tokens, start + offset * wrong.get(id(blocks), (blocks, False))[1], blocks, logits)
+    def chunk(tokens: Seq[int], start: int, blocks: Seq[int], *rest: Any) -> Chunk:
+        return Chunk(tokens, start + offset * wrong.get(id(blocks), (blocks, False))[1], blocks, *rest)
 
     _after_commit(monkeypatch, mark)
     monkeypatch.setattr(engine.core, "Chunk", chunk)
@@ -282,7 +284,7 @@ class Shifted(GumbelNoise):
 
 def test_noise_shifted_between_draft_and_target_changes_nothing():
     engine = toy_engine(PAIR, blocks=512, rows=64)
-    engine._parts.drafters["model"]._noise = Shifted(3, torch.device("cpu"))  # type: ignore[attr-defined]
+    engine._parts.drafters["model"].noise = Shifted(3, torch.device("cpu"))  # type: ignore[attr-defined]
     check_identity(engine, PAIR, requests(SamplingParams(max_tokens=12), prompt=(0, 1, 2, 0, 1)))
 
 

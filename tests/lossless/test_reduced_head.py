@@ -162,11 +162,10 @@ def test_a_verifier_whose_q_reaches_beyond_the_head(monkeypatch: Patch):
 def test_a_residual_that_leaves_out_what_the_head_does_not_know(monkeypatch: Patch):
     shipped = verifier.residual
 
-    def residual(p: Tensor, draft: RowDraft, accepted: int) -> Tensor:
-        rest = shipped(p, draft, accepted)
-        if accepted == len(draft.tokens):
-            return rest
-        kept = rest * (draft.laws[accepted] > 0)
+    def residual(p: Tensor, q: Tensor | None, token: int) -> Tensor:
+        assert q is not None
+        rest = shipped(p, q, token)
+        kept = rest * (q > 0)
         return kept / kept.sum() if kept.sum() > 0 else rest
 
     monkeypatch.setattr(verifier, "residual", residual)

@@ -49,14 +49,13 @@ class ToyRunner:
         entries = zip(inputs.slots.tolist(), batch.ids, inputs.positions.tolist(), strict=True)
         for slot, token, position in entries:
             self._kv[slot] = token + _SPACING * position
-        lengths = [  # of the context that token i of the pass sees, and its row's blocks
-            (end - query + j + 1, table)
-            for query, end, table in zip(
-                batch.query_lens, batch.context_lens, batch.block_tables, strict=True
-            )
-            for j in range(query)
+        trunks, sees, masks = batch.sights()
+        tables = [
+            (trunk, table)
+            for query, trunk, table in zip(batch.query_lens, trunks, batch.block_tables, strict=True)
+            for _ in range(query)
         ]
-        rows = [self._logits(self._read(*lengths[at])) for at in batch.logits_at]
+        rows = [self._logits(self._read(sees[at], masks[at], *tables[at])) for at in batch.logits_at]
         logits = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self.vocab_size)
         self.hidden = functional.pad(logits, (0, HIDDEN))[:, :HIDDEN].float()
         return logits
@@ -64,9 +63,17 @@ class ToyRunner:
     def warm(self, rows: int, longest: int) -> None:
         return None
 
-    def _read(self, length: int, table: Seq[int]) -> Context:
+    def move(self, pairs: Seq[tuple[int, int]]) -> None:
+        moved = [self._kv[at] for at, _ in pairs]
+        for (_, to), entry in zip(pairs, moved, strict=True):
+            self._kv[to] = entry
+
+    def _read(self, sees: int, mask: int, trunk: int, table: Seq[int]) -> Context:
+        """The tokens that a token of the pass attends, each read as what it is at its place."""
         size = self._block_size
-        return tuple(self._kv[table[p // size] * size + p % size] - _SPACING * p for p in range(length))
+        seen = [*range(sees), *(trunk + i for i in range(64) if mask >> i & 1)]
+        slots = [table[n // size] * size + n % size for n in seen]
+        return tuple(self._kv[slot] - _SPACING * at for at, slot in enumerate(slots))
 
 
 @dataclass(frozen=True)

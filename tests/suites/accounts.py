@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from suites import replies
+from suites.replies import Reply
 
 PROMPTS = (
     "The capital of France is",
@@ -53,6 +54,25 @@ class Told:
     finish: Counter[str] = field(default_factory=Counter)
     speculation: Counter[tuple[str, ...]] = field(default_factory=Counter)  # by figure, drafter, policy
     faults: list[str] = field(default_factory=list)
+
+    def take(self, reply: Reply) -> None:
+        """Adds what an answer says of itself."""
+        if reply.left:
+            self.left += 1
+        elif reply.fault is not None or reply.usage is None:
+            self.faults.append(f"{reply.status} {reply.fault}")
+        else:
+            reasons = [str(said.finish) for said in reply.said()]
+            self.answers += 1
+            self.prompt_tokens += reply.usage["prompt_tokens"] * len(
+                reasons
+            )  # each sequence reads the prompt
+            self.tokens += reply.usage["completion_tokens"]
+            self.sequences += len(reasons)
+            self.finish.update(reasons)
+            for part in reply.speculation:
+                for figure in ("iterations", "drafted", "accepted"):
+                    self.speculation[figure, part["drafter"], part["policy"]] += part[figure]
 
 
 def mix(
@@ -125,72 +145,4 @@ async def ask_all(client: httpx.AsyncClient, asks: Sequence[Ask], at_once: int) 
 
 
 async def _one(client: httpx.AsyncClient, ask: Ask, told: Told) -> None:
-    if ask.body.get("stream"):
-        await _stream(client, ask, told)
-        return
-    try:
-        answer = await asyncio.wait_for(client.post(ask.path, json=ask.body), ask.leave_after)
-    except TimeoutError:
-        told.left += 1
-        return
-    if answer.status_code != 200:
-        told.faults.append(f"{answer.status_code} {answer.text[:300]}")
-        return
-    body = answer.json()
-    if ask.path == "/v1/responses":
-        _responded(told, body)
-        return
-    _answered(told, body["usage"], [choice["finish_reason"] for choice in body["choices"]])
-    _speculated(told, body["speculation"])
-
-
-async def _stream(client: httpx.AsyncClient, ask: Ask, told: Told) -> None:
-    usage, reasons, parts = None, [], 0
-    async with client.stream("POST", ask.path, json=ask.body) as answer:
-        async for part in _parts(answer):
-            if ask.leave_after is not None and parts >= ask.leave_after:
-                told.left += 1
-                return
-            parts += 1
-            if part.get("type") in ("response.completed", "response.incomplete"):
-                _responded(told, part["response"])
-                return
-            if part.get("type", "").startswith("response."):
-                continue
-            if "error" in part or part.get("type") == "error":
-                told.faults.append(str(part))
-                return
-            usage = part.get("usage") or usage
-            reasons += [choice["finish_reason"] for choice in part["choices"] if choice["finish_reason"]]
-            if "speculation" in part:
-                _speculated(told, part["speculation"])
-    if usage is None:
-        told.faults.append(f"a stream without usage: {ask}")
-        return
-    _answered(told, usage, reasons)
-
-
-async def _parts(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in answer.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line.removeprefix("data: "))
-
-
-def _answered(told: Told, usage: dict[str, Any], reasons: list[str]) -> None:
-    told.answers += 1
-    told.prompt_tokens += usage["prompt_tokens"] * len(reasons)  # each sequence reads the prompt
-    told.tokens += usage["completion_tokens"]
-    told.sequences += len(reasons)
-    told.finish.update(reasons)
-
-
-def _responded(told: Told, response: dict[str, Any]) -> None:
-    usage = response["usage"]
-    counts = {"prompt_tokens": usage["input_tokens"], "completion_tokens": usage["output_tokens"]}
-    _answered(told, counts, ["length" if response["status"] == "incomplete" else "stop"])
-    _speculated(told, response["speculation"])
-
-
-def _speculated(told: Told, speculation: dict[str, Any]) -> None:
-    for figure in ("iterations", "drafted", "accepted"):
-        told.speculation[figure, speculation["drafter"], speculation["policy"]] += speculation[figure]
+    told.take(await replies.ask(client, ask.path, ask.body, ask.leave_after))

@@ -48,6 +48,7 @@ disco_time_to_first_token_seconds_count {10 * k}
 disco_time_to_first_token_seconds_sum {k}
 disco_iterations_total{{{BY}}} {100 * k}
 disco_draft_tokens_total{{{BY}}} {300 * k}
+disco_lookahead_sum{{{BY}}} {300 * k}
 disco_accepted_tokens_total{{{BY}}} {225 * k}
 disco_emitted_tokens_total{{{BY}}} {325 * k}
 disco_baseline_seconds_total{{{BY}}} {3 * k}

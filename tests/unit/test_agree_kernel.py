@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from engine.models.decode_data import META, MOST, write_meta
 from engine.models.kernels.agree import agree
-from engine.speculation.drafters.base import agreed
+from engine.speculation.drafters.base import RowDraft, agreed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 rows_of_drafts = st.lists(
@@ -27,17 +27,19 @@ def test_as_the_host_compares(rows: list[list[int]], chosen: list[int], broken: 
     words = np.full(META, 7, dtype=np.int32)  # what was there before means nothing
     write_meta(words, [20 + i for i in range(len(rows))], rows)
     fine = torch.tensor([at not in broken for at in range(MOST)], device=DEVICE).to(torch.int8)
-    answer = torch.full((3, MOST), -9, dtype=torch.int32, device=DEVICE)
+    answer = torch.full((4, MOST), -9, dtype=torch.int32, device=DEVICE)
     here = torch.tensor(chosen, dtype=torch.int32, device=DEVICE)
     agree(torch.from_numpy(words).to(DEVICE), here, fine, answer)
     at = 0
     for row, tokens in enumerate(rows):
         mine, places = chosen[at : at + len(tokens)], range(at, at + len(tokens))
-        accepted = agreed(tokens[1:], mine)
+        path, token = agreed(RowDraft(tokens[1:]), mine)
         sound = not broken & set(places)
-        assert answer[:, row].tolist() == [accepted, mine[accepted], sound]
+        assert answer[:3, row].tolist() == [len(path), token, sound]
         at += len(tokens)
-    assert (answer[:, len(rows) :] == -9).all()
+    assert (answer[:3, len(rows) :] == -9).all()
+    told = [-1 if i in broken else chosen[i] for i in range(at)]
+    assert answer[3].tolist() == told + [-9] * (MOST - at)
 
 
 def test_words_of_a_batch() -> None:

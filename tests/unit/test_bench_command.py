@@ -166,7 +166,7 @@ def test_without_matplotlib_that_is_told_before_anything_is_measured(
     with pytest.raises(plot.PlotError):
         plot.check()
     result = run(fake, "--plot", str(tmp_path / "bench.png"))
-    assert result.exit_code == 1 and "disco-serve[report]" in result.stderr
+    assert result.exit_code == 1 and "pip install -e '.[report]'" in result.stderr
     assert fake.bodies == []
 
 

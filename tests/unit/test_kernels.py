@@ -81,39 +81,55 @@ def test_equal_logits_choose_the_first() -> None:
 # ---- attention
 
 
+@pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("programs", [1, 64], ids=["whole", "split"])
-def test_a_tree_attends_its_own_branch(programs: int) -> None:
-    """Two rows; the second is a tree of five tokens: each sees the context and its ancestors."""
+def test_a_tree_attends_its_own_branch(programs: int, window: int | None) -> None:
+    """Three rows: a chain; a tree of five whose first node lies in the pool already; a tree behind its root.
+
+    A node attends what is below its trunk and its ancestors, and stands at its depth.
+    """
     torch.manual_seed(1)
-    heads, kv_heads, dim, block, starts, lengths = 6, 2, 16, 4, [5, 9], [1, 5]
-    parents = [[-1], [-1, 0, 0, 1, 2]]
+    heads, kv_heads, dim, block = 6, 2, 16, 4
+    starts, trunks, parents = [5, 9, 8], [5, 8, 9], [[-1, 0], [-1, 0, 0, 1, 2], [-1, -1, 0, 1]]
+    known = [0, 1, 0]  # nodes that are not of this pass
+    first = [False, False, True]  # the pass begins with the token before the tree
+    rows = [[j for j in range(len(own)) if j >= skip] for own, skip in zip(parents, known, strict=True)]
+    lengths = [len(own) + f for own, f in zip(rows, first, strict=True)]
     total = sum(lengths)
     qkv = torch.randn(total, heads + 2 * kv_heads, dim, device=DEVICE)
     keys = torch.full((64, kv_heads, dim), float("nan"), device=DEVICE)
     values = keys.clone()
-    tables = on([3, 7, 0, 0, 9, 1, 4, 12], torch.int32).view(2, 4)  # type: ignore[arg-type]
-    masks, want, begin = [], [], 0
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+    tables = on([3, 7, 0, 0, 9, 1, 4, 12, 5, 2, 13, 8], torch.int32).view(3, 4)  # type: ignore[arg-type]
+    told: dict[str, list[int]] = {"masks": [], "sees": [], "positions": []}
+    want, begin = [], 0
+    for row, (start, trunk, length) in enumerate(zip(starts, trunks, lengths, strict=True)):
         slots = [int(tables[row, p // block]) * block + p % block for p in range(start + length)]
         for store in (keys, values):
             store[slots] = torch.randn(len(slots), kv_heads, dim, device=DEVICE)
-        for j in range(length):
-            ancestors, at = {j}, parents[row][j]
+        for j in ([-1] if first[row] else []) + rows[row]:
+            way, at = [], j
             while at >= 0:
-                ancestors.add(at)
+                way.insert(0, at)
                 at = parents[row][at]
-            masks.append(sum(1 << a for a in ancestors))
-            seen = [slots[p] for p in (*range(start), *(start + a for a in sorted(ancestors)))]
-            q = qkv[begin + j, :heads].view(kv_heads, heads // kv_heads, dim)
+            place = trunk - 1 + len(way)
+            told["masks"].append(sum(1 << a for a in way))
+            told["sees"].append(trunk)
+            told["positions"].append(place)
+            at_positions = {p: slots[p] for p in range(trunk)}
+            at_positions |= {trunk + d: slots[trunk + a] for d, a in enumerate(way)}
+            seen = [slot for p, slot in at_positions.items() if window is None or p > place - window]
+            q = qkv[len(want), :heads].view(kv_heads, heads // kv_heads, dim)
             scores = torch.einsum("gfd,ngd->gfn", q, keys[seen]) * 0.3
             want.append(torch.einsum("gfn,ngd->gfd", scores.softmax(-1), values[seen]).reshape(-1))
         begin += length
+    begins = [0, lengths[0], lengths[0] + lengths[1]]
     places = Places(
-        on(starts, torch.int32), on([0, 1], torch.int32), on(lengths, torch.int32), tables, 5,
-        on(masks, torch.int64),
+        on(starts, torch.int32), on(begins, torch.int32), on(lengths, torch.int32), tables, 5,
+        on(told["positions"], torch.int32), on(trunks, torch.int32), on(told["sees"], torch.int32),
+        on(told["masks"], torch.int64),
     )  # fmt: skip
     got = attend(
-        qkv, keys, values, places, heads=heads, scaling=0.3, window=None, block_size=block, programs=programs
+        qkv, keys, values, places, heads=heads, scaling=0.3, window=window, block_size=block, programs=programs
     )
     torch.testing.assert_close(got, torch.stack(want), atol=1e-5, rtol=1e-4)
 

@@ -193,12 +193,13 @@ async def test_a_fault_fails_what_is_open_and_the_engine_is_dead(caplog: pytest.
     await engine.start()
     other = asyncio.create_task(read(engine, request("other", max_tokens=10**5)))
     await asyncio.sleep(0.02)
-    events = await read(engine, request("bad", RAISE))
-    assert [event.token_ids for event in events] == [(0,), (1,), ()]
-    for last in (events[-1], (await other)[-1]):
-        assert last.finish_reason == "error"
-        assert last.error is not None and "broken step" in last.error
-    await asyncio.sleep(0.05)
+    seen: list[TokenEvent] = []
+    with pytest.raises(EngineUnavailable, match="broken step"):
+        async for event in engine.generate(request("bad", RAISE)):
+            seen.append(event)
+    assert [event.token_ids for event in seen] == [(0,), (1,)]
+    with pytest.raises(EngineUnavailable, match="broken step"):
+        await other
     assert engine.state == "dead"
     with pytest.raises(EngineUnavailable, match="broken step"):
         await read(engine, request("late"))

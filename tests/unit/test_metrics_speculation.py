@@ -15,7 +15,8 @@ from server.metrics_window import SECONDS, Window
 
 def event(drafted: int, accepted: int, reason: str | None = "policy", **more: Any) -> TokenEvent:
     told: dict[str, Any] = {"token_ids": tuple(range(accepted + 1)), "policy": "static", "drafter": "model"}
-    told |= {"iterations": 1, "drafted": drafted, "accepted": accepted, "stop_reason": reason}
+    told |= {"iterations": 1, "drafted": drafted, "lookahead": drafted, "accepted": accepted}
+    told |= {"stop_reason": reason}
     return TokenEvent(id="r", **told | more)
 
 
@@ -35,6 +36,8 @@ CASES: list[tuple[TokenEvent, dict[tuple[str, str], int]]] = [
     (event(3, 1, token_ids=(5,), finish_reason="stop"), {("continue", "accepted"): 1}),
     (event(3, 3, token_ids=(5, 6, 7)), {("continue", "accepted"): 2, ("stop", "accepted"): 1}),
     (event(2, 0, token_ids=(), finish_reason="error"), {}),
+    # of a tree nobody decides token by token
+    (event(9, 2, lookahead=3, policy="none", drafter="dyspec"), {}),
 ]
 
 
@@ -74,6 +77,22 @@ def test_a_step_is_counted_by_policy_and_position() -> None:
     assert found["disco_lookahead_bucket", "none", "0.0", "none"] == 1
 
 
+def test_a_tree_is_as_long_as_its_longest_way() -> None:
+    registry = CollectorRegistry()
+    speculation = Speculation(registry)
+    tree = {"policy": "none", "drafter": "dyspec"}
+    speculation.on_step(StepStats(rows=2), [event(9, 2, lookahead=3, **tree), event(4, 0, lookahead=2, **tree)])
+    found, by = values(registry), ("dyspec", "none")
+    assert found["disco_draft_tokens_total", *by] == 13
+    assert found["disco_lookahead_sum", *by] == 5
+    assert found["disco_accepted_tokens_total", *by] == 2
+    for what, counts in (("drafted", [2, 2, 1]), ("accepted", [1, 1, 0])):
+        assert [found[f"disco_position_{what}_total", *by, at] for at in "123"] == counts
+    assert ("disco_position_drafted_total", *by, "4") not in found
+    assert found["disco_acceptance_rate", *by] == 2 / 13
+    assert found["disco_average_lookahead", *by] == 2.5
+
+
 def test_the_shares_of_a_step_are_its_time() -> None:
     registry = CollectorRegistry()
     speculation = Speculation(registry)
@@ -100,16 +119,16 @@ def test_the_window_forgets() -> None:
         return {family.name: s.value for family in window.collect() for s in family.samples}
 
     assert told() == {}
-    window.add(("static", "model"), drafted=8, accepted=2, iterations=4, baseline=3.0, spent=2.0)
+    window.add(("static", "model"), drafted=10, accepted=2, lookaheads=8, iterations=4, baseline=3.0, spent=2.0)
     assert told() == {
-        "disco_acceptance_rate": 0.25,
+        "disco_acceptance_rate": 0.2,
         "disco_average_lookahead": 2.0,
         "disco_speedup_ratio": 1.5,
     }
     now += SECONDS - 1
-    window.add(("static", "model"), drafted=0, accepted=0, iterations=4, baseline=0.0, spent=2.0)
+    window.add(("static", "model"), drafted=0, accepted=0, lookaheads=0, iterations=4, baseline=0.0, spent=2.0)
     assert told() == {
-        "disco_acceptance_rate": 0.25,
+        "disco_acceptance_rate": 0.2,
         "disco_average_lookahead": 1.0,
         "disco_speedup_ratio": 0.75,
     }
@@ -124,5 +143,5 @@ def test_the_window_is_bounded() -> None:
     window = Window(lambda: now)
     for second in range(10 * SECONDS):
         now = float(second)
-        window.add(("static", "model"), 1, 1, 1, 1.0, 1.0)
+        window.add(("static", "model"), 1, 1, 1, 1, 1.0, 1.0)
     assert len(window._seconds) <= SECONDS

@@ -37,3 +37,22 @@ def test_what_never_ended_has_no_end() -> None:
     assert registry.get_sample_value("disco_request_seconds_count") == 0
     assert registry.get_sample_value("disco_request_decode_seconds_count") == 0
     assert registry.get_sample_value("disco_inter_token_latency_seconds_count") == 1
+
+
+def test_what_has_no_token_was_not_decoded() -> None:
+    registry = CollectorRegistry()
+    arrival = time.monotonic() - 4.0
+    times = Times(registry).of(arrival)  # of `max_tokens: 0`: its one event ends it
+    times.take(TokenEvent(id="r", finish_reason="length", scheduled=arrival + 1, at=arrival + 2))
+    times.end()
+    counts = {
+        name: registry.get_sample_value(f"disco_{name}_seconds_count")
+        for name in ("request_queue", "request_prefill", "request_decode", "time_to_first_token", "request")
+    }
+    assert counts == {
+        "request_queue": 1,
+        "request_prefill": 1,  # the prompt was read
+        "request_decode": 0,
+        "time_to_first_token": 0,
+        "request": 1,
+    }

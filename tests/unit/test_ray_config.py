@@ -80,7 +80,7 @@ def test_the_application_can_be_imported(name: str) -> None:
     assert "class Front:" in source and 'name="Replica"' in source
 
 
-@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'disco-serve[ray]'")
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install -e '.[ray]'")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ray_takes_the_config(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
@@ -94,7 +94,7 @@ def test_ray_takes_the_config(name: str) -> None:
         ({"settings": {"port": 8001}}, "port: Ray has the say"),
         ({"settings": {"host": "::", "metrics_port": 1}}, "host, metrics_port: Ray has the say"),
         ({"settings": {"max_sl": -1}}, "max_sl"),
-        ({"settings": {"max_sequences": 3}}, "max_sequences"),
+        ({"settings": {"most_sequences": 3}}, "most_sequences"),
         ({"setting": {}}, "setting"),
         ({"metrics_port": 80}, "metrics_port"),
         ({"accept_seconds": 0}, "accept_seconds"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'disco-serve[ray]'")
+pytest.importorskip("ray.serve", reason="Ray is not installed: pip install -e '.[ray]'")
 sys.path.insert(0, str(Path(__file__).parents[2] / "deploy" / "ray"))
 
 from disco_ray.call import Call
@@ -62,6 +62,7 @@ class Client:
 
     def __init__(self, leave: int | None = None) -> None:
         self.messages: list[Message] = []
+        self.counted: list[str] = []  # codes that the front told its metrics
         self._leave = leave
         self._left = asyncio.Event()
 
@@ -91,7 +92,7 @@ class Client:
                 self._left.set()
 
         scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-        await FrontApp(answers.submit, limit, seconds)(scope, receive, send)
+        await FrontApp(answers.submit, limit, seconds, self.counted.append)(scope, receive, send)
         return self
 
     @property
@@ -168,6 +169,17 @@ async def test_other_faults_have_a_clear_answer(batches: tuple[Any, ...], status
     assert b"secret" not in client.text and answers.cancelled
 
 
+async def test_errors_of_the_front_are_counted_and_others_are_not() -> None:
+    died = Answers([], [START, part(b"data: 1\n\n")], RayActorError())
+    assert (await Client().ask(died)).counted == ["replica_died"]
+    assert (await Client().ask(Answers(BackPressureError(9, 8)))).counted == ["no_replica"]
+    assert (await Client().ask(Answers(), body=(b"x" * 2000,))).counted == ["request_too_large"]
+    of_the_replica = [{**START, "status": 503}, part(b"{}", more=False)]
+    assert (await Client().ask(Answers([], of_the_replica))).counted == []
+    late = Answers([], [START, part(b"all", more=False)], RayActorError())
+    assert (await Client().ask(late)).counted == []
+
+
 async def test_the_wait_for_room_does_not_bound_the_answer() -> None:
     client = await Client().ask(Answers([], 0.3, [START, part(b"a", more=False)]), seconds=0.1)
     assert client.text == b"a"
@@ -211,7 +223,9 @@ async def test_a_websocket_is_closed() -> None:
     async def receive() -> Message:
         return {"type": "websocket.connect"}
 
-    await FrontApp(Answers().submit, 1, 1.0)({"type": "websocket", "path": "/"}, receive, send)
+    await FrontApp(Answers().submit, 1, 1.0, lambda _: None)(
+        {"type": "websocket", "path": "/"}, receive, send
+    )
     assert [each["type"] for each in sent] == ["websocket.close"]
 
 
@@ -225,5 +239,5 @@ async def test_the_lifespan_is_answered() -> None:
     async def receive() -> Message:
         return next(told)
 
-    await FrontApp(Answers().submit, 1, 1.0)({"type": "lifespan"}, receive, send)
+    await FrontApp(Answers().submit, 1, 1.0, lambda _: None)({"type": "lifespan"}, receive, send)
     assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'disco-serve[ray]'")
+pytest.importorskip("ray.serve", reason="Ray is not installed: pip install -e '.[ray]'")
 sys.path.insert(0, str(Path(__file__).parents[2] / "deploy" / "ray"))
 
 from disco_ray.call import Call

@@ -179,5 +179,5 @@ def test_without_matplotlib_it_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["report", "--simulate", str(simulated), "--out", str(out)])
-    assert done.exit_code == 2 and "pip install 'disco-serve[report]'" in done.output
+    assert done.exit_code == 2 and "pip install -e '.[report]'" in done.output
     assert not out.exists()

@@ -7,6 +7,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter
 
 from disco_ray.arguments import Arguments
 from disco_ray.front import FrontApp
@@ -23,9 +24,13 @@ class Front:
     def __init__(self, replicas: DeploymentHandle, max_body_bytes: int, accept_seconds: float) -> None:
         self._answer = replicas.options(stream=True).answer
         self._limits = (max_body_bytes, accept_seconds)
+        self._errors = Counter("disco_front_errors", "Errors that a front answered itself", ("code",))
 
     def __serve_build_asgi_app__(self) -> FrontApp:
-        return FrontApp(self._answer.remote, *self._limits)
+        return FrontApp(self._answer.remote, *self._limits, self._count)
+
+    def _count(self, code: str) -> None:
+        self._errors.inc(tags={"code": code})
 
 
 def build(given: dict[str, Any]) -> serve.Application:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -28,11 +29,15 @@ _EVENTS = "text/event-stream"
 
 class FrontApp:
     """`submit` sends a call to a replica. `max_body_bytes`: the largest body that is taken in, as in the
-    server's settings. `accept_seconds`: how long a request may wait for a replica that has room.
+    server's settings. `accept_seconds`: how long a request may wait for a replica that has room. `count` is
+    told the code of every error that the front answers itself, for no replica's metrics have them.
     """
 
-    def __init__(self, submit: Submit, max_body_bytes: int, accept_seconds: float) -> None:
+    def __init__(
+        self, submit: Submit, max_body_bytes: int, accept_seconds: float, count: Callable[[str], None]
+    ) -> None:
         self._submit, self._max_body_bytes, self._accept_seconds = submit, max_body_bytes, accept_seconds
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -49,6 +54,8 @@ class FrontApp:
                     Call(portable(scope), body, affinity_key(scope["path"], body)), receive, answer
                 )
         except ApiError as error:
+            if not answer.ended:
+                self._count(error.body["error"]["code"])
             await answer.fail(error)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -105,7 +112,7 @@ class _Answer:
 
     def __init__(self, path: str, send: Send) -> None:
         self._path, self._send = path, send
-        self._started = self._ended = self._streams = False
+        self._started = self.ended = self._streams = False
         self._events = 0
 
     async def send(self, message: Message) -> None:
@@ -114,13 +121,13 @@ class _Answer:
             del headers["x-request-id"]  # Ray's proxy adds the same one
             self._started, self._streams = True, headers.get("content-type", "").startswith(_EVENTS)
         elif message["type"] == "http.response.body":
-            self._ended = not message.get("more_body", False)
+            self.ended = not message.get("more_body", False)
             self._events += message.get("body", b"").startswith(b"event: ")
         await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
         """Tells the error: as the answer, or as the last event of a stream. What is neither breaks off."""
-        if self._ended:
+        if self.ended:
             return
         if not self._started:
             await error.response()({"type": "http"}, _nothing, self._send)

@@ -45,7 +45,9 @@ class Replica:
         logs.configure(self._settings.log_level, self._settings.log_format)
         tokenizer = await asyncio.to_thread(prepare, self._settings.engine_config())
         lines = formatter(self._settings.log_format)
-        self._engine = WorkerEngine(self._settings.engine_config(), log_formatter=lines)
+        self._engine = WorkerEngine(
+            self._settings.engine_config(), step_timeout=self._settings.step_seconds, log_formatter=lines
+        )
         self._app = create_app(self._settings, self._engine, tokenizer)
         async with AsyncExitStack() as life:
             await life.enter_async_context(self._app.router.lifespan_context(self._app))

@@ -18,8 +18,8 @@ from torch import Tensor
 class Places:
     """Where B ragged rows of a packed batch have their queries and their KV. All int32, on the device.
 
-    `masks`: for trees, int64[N]: bit i says that the token attends the i-th new token of its row;
-    None where each new token attends those before it (a chain, or a prefill chunk).
+    The last four as in `runner.Branches`, for passes with trees in them; None where each new token attends
+    those before it (chains, and prefill chunks). No window may be narrower than a tree is deep.
     """
 
     starts: Tensor  # [B], KV length before this pass
@@ -27,12 +27,15 @@ class Places:
     lengths: Tensor  # [B], its tokens; 0 for a row that is not there
     tables: Tensor  # [B, blocks]
     longest: int  # the most tokens a row may have in this pass
-    masks: Tensor | None = None
+    positions: Tensor | None = None  # int32 or int64[N]
+    trunks: Tensor | None = None  # [B]
+    sees: Tensor | None = None  # [N]
+    masks: Tensor | None = None  # int64[N]
 
 
 @triton.jit(  # what varies with every prompt must not compile another variant
     do_not_specialize=["table_stride", "tokens", "splits"],
-    do_not_specialize_on_alignment=["starts", "begins", "lengths", "tables", "masks"],
+    do_not_specialize_on_alignment=["starts", "begins", "lengths", "tables", "positions", "trunks", "sees", "masks"],
 )
 def _attend(
     q,
@@ -46,6 +49,9 @@ def _attend(
     lengths,
     tables,
     table_stride,
+    positions,
+    trunks,
+    sees,
     masks,
     scale,
     tokens,
@@ -78,14 +84,18 @@ def _attend(
         qs = tl.load(q + q_at, real[:, None] & inside[None], 0.0)
         last = tl.minimum(length, (tile * ROWS + ROWS - 1) // FOLD + 1)  # tokens up to the tile's last
         high = start + (length if HAS_MASK else last)
+        below, place = start + token + 1, start + token
+        if HAS_MASK:  # `below` these slots it attends all, further on those of its mask
+            trunk = tl.load(trunks + row)
+            below = tl.load(sees + line, real, 0)
+            place = tl.load(positions + line, real, 1 << 30).to(tl.int32)
+            mask = tl.load(masks + line, real, 0)
         low = 0
         if WINDOW > 0:
-            low = tl.maximum(start + tile * ROWS // FOLD - WINDOW + 1, 0)
+            low = tl.maximum((tl.min(place, 0) if HAS_MASK else start + tile * ROWS // FOLD) - WINDOW + 1, 0)
         steps = tl.cdiv(high - low, STEP)
         first = low + steps * split // splits * STEP
         end = tl.minimum(low + steps * (split + 1) // splits * STEP, high)
-        if HAS_MASK:
-            mask = tl.load(masks + line, real, 0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -98,14 +108,13 @@ def _attend(
             kv_mask = there[:, None] & inside[None]
             k = tl.load(keys + kv_at, kv_mask, 0.0)
             scores = tl.dot(qs, tl.trans(k), input_precision=PRECISION) * scale
-            if HAS_MASK:
-                new = n - start
-                bit = (mask[:, None] >> tl.maximum(new, 0)[None].to(tl.int64)) & 1
-                seen = (new[None] < 0) | (bit == 1)
-            else:
-                seen = n[None] <= start + token[:, None]
+            seen = n[None] < below[:, None]
             if WINDOW > 0:
-                seen = seen & (n[None] > start + token[:, None] - WINDOW)
+                seen = seen & (n[None] > place[:, None] - WINDOW)
+            if HAS_MASK:
+                node = n - trunk
+                bit = (mask[:, None] >> tl.minimum(tl.maximum(node, 0), 63)[None].to(tl.int64)) & 1
+                seen = seen | ((bit == 1) & (node >= 0)[None] & (node < 64)[None])
             scores = tl.where(seen & there[None], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -185,6 +194,9 @@ def attend(
         places.lengths,
         places.tables,
         places.tables.stride(0),
+        places.starts if places.positions is None else places.positions,
+        places.starts if places.trunks is None else places.trunks,
+        places.starts if places.sees is None else places.sees,
         places.starts if places.masks is None else places.masks,
         scaling * 1.4426950408889634,
         tokens,

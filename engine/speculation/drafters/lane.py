@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.long_work import long_work
 from engine.models.decode_data import META, MOST, write_meta
 from engine.models.fused import FusedRunner
 from engine.models.kernels.advance import MOST_SL, REASONS, advance
@@ -26,6 +27,7 @@ from engine.speculation.noise import coupled_state, draws_state
 from engine.speculation.policy import Need, Signals
 
 _MIXES = 16  # of policies, for which a lane keeps graphs
+_TINY = 1e-3  # a temperature
 log = logging.getLogger(__name__)
 
 
@@ -141,28 +143,32 @@ class Lane:
         """Captured at first use; run once before, with no row alive, so that all is compiled."""
         key = names, rejects
         if key not in self._graphs:
-            needs = self.table.needs_of(names)
-            if self._logits is None:
-                self._forward(needs, self._size)
-            self._words.zero_()
-            self._answer[1:].zero_()
-            self.rows["slot"].fill_(self.table.spare_slot)
-            self._step(*key)
-            torch.cuda.synchronize(self._runner.device)
-            first, again = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(again, pool=self._pool):
-                self._step(*key)
-            with torch.cuda.graph(first, pool=self._pool):
-                if self._compact:
-                    self._answer[1:].zero_()
-                    self._forward(needs, self._first_most)
-                self._step(*key)
-            self._graphs[key] = _Graphs(first, again)
+            self._graphs[key] = self._capture(*key)
             if len(self._graphs) > _MIXES:
                 del self._graphs[next(iter(self._graphs))]
             self._replays = int(self.rows["progress"][0])
         self._graphs[key] = self._graphs.pop(key)  # the one used last comes last
         return self._graphs[key]
+
+    @long_work()
+    def _capture(self, names: tuple[str, ...], rejects: bool) -> _Graphs:
+        needs = self.table.needs_of(names)
+        if self._logits is None:
+            self._forward(needs, self._size)
+        self._words.zero_()
+        self._answer[1:].zero_()
+        self.rows["slot"].fill_(self.table.spare_slot)
+        self._step(names, rejects)
+        torch.cuda.synchronize(self._runner.device)
+        first, again = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(again, pool=self._pool):
+            self._step(names, rejects)
+        with torch.cuda.graph(first, pool=self._pool):
+            if self._compact:
+                self._answer[1:].zero_()
+                self._forward(needs, self._first_most)
+            self._step(names, rejects)
+        return _Graphs(first, again)
 
     # ---- the host's part
 
@@ -248,7 +254,10 @@ class Lane:
                 row.draws += length
                 assert self._kept is not None
                 kept = self._kept.view(-1, self._vocab), i * self._most_sl, row.params.temperature
-            drafts.append(RowDraft(tokens, kept=kept, stop_reason=REASONS[answer[4 + size + i]]))
+            draft = RowDraft(tokens, kept=kept, stop_reason=REASONS[answer[4 + size + i]])
+            # Its law was not finite: NaN, unless a tiny temperature made infinity of it.
+            draft.unsound = draft.stop_reason == "drafter" and not 0 < row.params.temperature < _TINY
+            drafts.append(draft)
         # The host may have come late to the first answer; from the second on it waits for the device.
         steady = len(times) - 2
         return Drafted(drafts, [(self._size, (times[-1] - times[1]) / steady)] if steady > 0 else [])

@@ -19,6 +19,7 @@ from engine.sampling import Place, scaled_logits
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable, powers_of_two
 from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
+from engine.speculation.faults import fatal
 from engine.speculation.features import signals
 from engine.speculation.noise import GumbelNoise, RandomSource
 from engine.speculation.policy import Need, Signals
@@ -42,8 +43,8 @@ class ModelDrafter:
         random: RandomSource,
         max_sl: int,
     ) -> None:
-        self.runner, self._blocks, self._vocab, self._eos_ids = runner, blocks, vocab, eos_ids
-        self._noise, self._random, self._max_sl = noise, random, max_sl
+        self.runner, self._blocks, self._vocab, self.eos_ids = runner, blocks, vocab, eos_ids
+        self.noise, self.random, self._max_sl = noise, random, max_sl
         self.loops = runner.device.type == "cuda" and hasattr(runner, "decode")
         self._loop: DraftLoop | None = None
         # Whether rows with masks draft under them, step by step; the device's loop knows none.
@@ -65,7 +66,7 @@ class ModelDrafter:
                 chunks.append(Chunk(row.tokens[start : row.draft_kv_len], start, row.blocks, 0))
                 budget -= take
         if chunks:
-            self._forward(chunks)
+            self.forward(chunks)
 
     def begin(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafts:
         loop = self._device_loop(table)
@@ -99,8 +100,26 @@ class ModelDrafter:
         return self._loop
 
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafted:
-        drafts = [RowDraft() for _ in rows]
-        steps: list[tuple[int, float]] = []
+        """Step by step. A fault ends it; what was sampled stays, since to drop it would bias the output.
+
+        Raises what is fatal to the target too.
+        """
+        drafted = Drafted([RowDraft() for _ in rows])
+        read = [row.draft_kv_len for row in rows]
+        try:
+            self._draft(rows, limits, table, drafted)
+        except Exception as error:
+            if fatal(error):
+                raise
+            drafted.fault = error
+            for row, length, draft in zip(rows, read, drafted.rows, strict=True):
+                row.draft_kv_len = length
+                draft.stop_reason = draft.stop_reason or "drafter"
+                del draft.laws[len(draft.tokens) :]
+        return drafted
+
+    def _draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable, drafted: Drafted) -> None:
+        drafts, steps = drafted.rows, drafted.steps
         needs = table.needs(rows)
         joint = torch.ones(len(rows), dtype=torch.float32, device=self.runner.device)
         alive = list(range(len(rows)))
@@ -108,7 +127,7 @@ class ModelDrafter:
         while alive:
             step += 1
             drafting, begin = len(alive), time.perf_counter()
-            logits = self._forward([self._chunk(rows[i], drafts[i]) for i in alive])
+            logits = self.forward([self._chunk(rows[i], drafts[i]) for i in alive])
             tokens, able = self._choose(logits, [rows[i] for i in alive], [drafts[i] for i in alive])
             if not all(able):
                 for i in (i for i, can in zip(alive, able, strict=True) if not can):
@@ -128,9 +147,13 @@ class ModelDrafter:
             alive = [i for i in alive if drafts[i].stop_reason is None and step < limits[i]]
             if step > 1:  # the first one reads what the draft lacks, too
                 steps.append((drafting, time.perf_counter() - begin))
-        return Drafted(drafts, steps)
 
-    def _forward(self, chunks: list[Chunk]) -> Tensor:
+    @property
+    def block_size(self) -> int:
+        return self._blocks.block_size
+
+    def forward(self, chunks: list[Chunk]) -> Tensor:
+        """Logits [M, vocab] of the draft's pass over the chunks."""
         batch = Batch.pack(chunks, self._blocks.block_size)
         return self.runner.forward(batch)[:, : self._vocab]
 
@@ -150,19 +173,22 @@ class ModelDrafter:
         forbids every token, or NaN. Keeps q where rejection sampling needs it.
         """
         places = [Place(r, d.tokens) for r, d in zip(rows, drafts, strict=True)]
-        scaled = scaled_logits(logits, places, self._eos_ids, drafting=True, masks=self.mask_drafts)
+        scaled = scaled_logits(logits, places, self.eos_ids, drafting=True, masks=self.mask_drafts)
         noisy = [i for i, row in enumerate(rows) if row.coupled and row.params.temperature > 0]
         if noisy:
             positions = [len(rows[i].tokens) + len(drafts[i].tokens) for i in noisy]
-            noise = self._noise([rows[i].seed for i in noisy], positions)
+            noise = self.noise([rows[i].seed for i in noisy], positions)
             scaled = scaled.to(torch.float64)
             scaled[noisy] += noise
         best, tokens = scaled.max(-1)
         able: list[bool] = best.isfinite().tolist()
+        if not all(able):
+            for draft, nan in zip(drafts, logits.isnan().any(-1).tolist(), strict=True):
+                draft.unsound = nan
         sampled = [i for i, row in enumerate(rows) if able[i] and not row.coupled]
         if sampled:
             laws = scaled[sampled].softmax(-1)
-            tokens[sampled] = self._random.categorical(laws, [rows[i] for i in sampled])
+            tokens[sampled] = self.random.categorical(laws, [rows[i] for i in sampled])
             for i, law in zip(sampled, laws, strict=True):
                 drafts[i].laws.append(law)
         for draft, token, can in zip(drafts, tokens.tolist(), able, strict=True):
@@ -200,4 +226,5 @@ class ModelDrafter:
 def _merged(some: list[int], first: Drafted, others: list[int], second: Drafted) -> Drafted:
     """The drafts in the order of their rows."""
     drafts = dict(zip([*some, *others], [*first.rows, *second.rows], strict=True))
-    return Drafted([drafts[i] for i in range(len(drafts))], [*first.steps, *second.steps])
+    steps = [*first.steps, *second.steps]
+    return Drafted([drafts[i] for i in range(len(drafts))], steps, first.fault or second.fault)

@@ -4,7 +4,7 @@ import { createServer } from "node:http";
 /** A chunk of one iteration, whose only draft token fell; its token is the target's. */
 export function chunk(text, id = 1) {
   const token = { id, text, origin: "correction" };
-  const pass = { iteration: true, drafted: 1, accepted: 0, stop_reason: "max_sl", draft_seconds: 0, verify_seconds: 0, tokens: [token] };
+  const pass = { iteration: true, drafted: 1, lookahead: 1, accepted: 0, stop_reason: "max_sl", draft_seconds: 0, verify_seconds: 0, tokens: [token] };
   return JSON.stringify({ choices: [{ index: 0, delta: { content: text }, passes: [pass], finish_reason: null }] });
 }
 

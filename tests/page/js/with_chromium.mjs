@@ -46,7 +46,8 @@ function agrees(lane, chunks) {
   assert.equal(lane.origins.draft, all.accepted);
   const tokens = passes.flatMap((pass) => pass.tokens);
   assert.equal(sum(Object.values(lane.origins)), tokens.length);
-  assert.deepEqual([lane.columns, lane.stood, lane.stood + lane.fell], [all.iterations, all.accepted, all.drafted]);
+  const longest = sum(passes.map((pass) => pass.lookahead));
+  assert.deepEqual([lane.columns, lane.stood, lane.stood + lane.fell], [all.iterations, all.accepted, longest]);
   assert.equal(lane.numbers.Acceptance, all.drafted ? `${(100 * all.acceptance_rate).toFixed(1)} %` : "–");
   assert.equal(lane.numbers["Average SL"], all.mean_sl.toFixed(2));
   assert.equal(lane.numbers["Per target pass"], all.mean_emitted.toFixed(2));
@@ -100,6 +101,22 @@ await check("stream", "plain text is continued", async () => {
   const [lane] = await page.run({ prompt: "The capital of France is", max_tokens: 24 });
   assert.equal(page.bodies[0].prompt, "The capital of France is");
   agrees(lane, (await page.chunks())[0]);
+  assert.equal(lane.text, await undrafted(page.bodies[0]));
+  await page.close();
+});
+
+await check("stream", "a tree takes options of its own, and no policy", async () => {
+  const page = await Page.open();
+  await page.tab.selectOption('[data-role="drafter"]', "dyspec");
+  assert.ok(await page.tab.isDisabled('[data-role="policy"]'));
+  await page.tab.click("details:has([data-role=options]) summary");
+  assert.equal(await page.tab.inputValue('[data-param="speculation.options.threshold"]'), "");
+  await page.tab.fill('[data-param="speculation.options.budget"]', "12");
+  const [lane] = await page.run({ prompt: "List some fruits.", max_tokens: 24 });
+  assert.deepEqual(page.bodies[0].speculation, { drafter: "dyspec", options: { budget: 12 } });
+  const told = agrees(lane, (await page.chunks())[0]);
+  assert.deepEqual([told.drafter, told.policy], ["dyspec", "none"]);
+  assert.ok(told.drafted > told.mean_sl * told.iterations);
   assert.equal(lane.text, await undrafted(page.bodies[0]));
   await page.close();
 });

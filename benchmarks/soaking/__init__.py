@@ -1,0 +1,1 @@
+"""The parts of benchmarks/soak.py: what is asked, the clients, the processes' memory, the verdict."""

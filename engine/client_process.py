@@ -1,0 +1,118 @@
+"""One process of an engine and the socket to it, as `WorkerEngine` sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+
+import zmq
+import zmq.asyncio
+
+from engine.config import EngineConfig
+from engine.memory_faults import oom_kills
+from engine.worker_process import main
+
+log = logging.getLogger(__name__)
+
+_REAP = 10.0  # seconds for the system to end a killed process
+
+
+class Worker:
+    """Starts the process. Raises OSError if it cannot be started."""
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        config: EngineConfig,
+        factory: str,
+        log_formatter: logging.Formatter | None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.socket = context.socket(zmq.PAIR)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # requests are few: sending never waits
+        self.socket.bind(endpoint)
+        level = logging.getLogger().getEffectiveLevel()
+        arguments = (endpoint, config, factory, level, log_formatter)
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=main, args=arguments, name="disco-engine", daemon=True
+        )
+        self._oom_kills = oom_kills()
+        with _signals_blocked():
+            self.process.start()
+        self.ready_at: float | None = None  # the event loop's time
+        self.silence = 0.0  # seconds that somebody has waited for its next word
+        self.unbounded = False  # it said that its next word may take any time
+        self.last_words = ""  # why it ends, if it could say so
+        self.exit = ""  # how it ended
+        self.died: asyncio.Future[None] = loop.create_future()
+        self.inbox = self.receive()
+        loop.add_reader(self.process.sentinel, self._on_death)
+
+    @property
+    def why(self) -> str:
+        """Why there is no engine any more, once the process is destroyed."""
+        return self.last_words or f"the engine process died ({self.exit})"
+
+    def receive(self) -> asyncio.Future[bytes]:
+        return asyncio.ensure_future(self.socket.recv())  # it is a future already
+
+    def send(self, data: bytes) -> None:
+        # The future is done at once; if the process has died under it, it goes with the socket.
+        self.socket.send(data)
+
+    def alive(self) -> bool:
+        """Asks the system: a child of the process may hold the sentinel open beyond its death."""
+        return not self.died.done() and self.process.is_alive()
+
+    async def ended(self, grace: float) -> None:
+        """Waits for the end of the process for `grace` seconds, then kills it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace
+        while self.process.is_alive():
+            if loop.time() > deadline:
+                log.error("the engine process does not end: killed")
+                self.process.kill()
+                return
+            await asyncio.sleep(0.01)
+
+    def destroy(self) -> None:
+        """Ends the process, reaps it, and closes the socket."""
+        asyncio.get_running_loop().remove_reader(self.process.sentinel)
+        self.process.kill()
+        self.process.join(_REAP)
+        code = self.process.exitcode
+        if code is None:
+            log.error("the engine process %s cannot be killed", self.process.pid)
+        else:
+            self.exit = self._told(code)
+            self.process.close()
+        self.inbox.cancel()
+        self.socket.close(linger=0)
+
+    def _told(self, code: int) -> str:
+        if code >= 0:
+            return f"exit code {code}"
+        if -code == signal.SIGKILL and oom_kills() > self._oom_kills:
+            return f"signal {-code}: killed by the system, which was out of memory"
+        return f"signal {-code}"
+
+    def _on_death(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.process.sentinel)
+        self.died.set_result(None)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process started herein is deaf to what may reach the whole group from its first instruction on."""
+    resource_tracker.ensure_running()  # it would start in `Process.start` and lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,83 @@
+"""Memory ran out in a step: its rows run again, without drafts and in ever smaller parts; others go on."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.flight import Flight
+from engine.memory_faults import is_out_of_memory
+from engine.scheduler import PlanRow
+
+log = logging.getLogger(__name__)
+
+_QUIET = 60.0  # seconds between lines in the log
+
+
+class Rescue:
+    """Of one engine. `run` runs a step of some of its rows, `give_up` ends one."""
+
+    def __init__(
+        self, run: Callable[[list[PlanRow], Flight], None], give_up: Callable[[PlanRow], None]
+    ) -> None:
+        self._run, self._give_up, self._told = run, give_up, -math.inf
+
+    def land(self, flight: Flight) -> list[PlanRow]:
+        """The rows of a step that ran out of memory, run; those that do not fit even alone have failed.
+
+        Call it outside of the handler: the error holds what is to be freed.
+        """
+        for row, read in zip(flight.rows, flight.read, strict=True):  # what came later may not be written
+            row.seq.draft_kv_len = min(read, row.seq.draft_kv_len)
+        rows = [row for row in flight.rows if row.seq.status == "running"]
+        self._tell(len(rows))
+        flight.rescued, flight.drafts = True, []
+        done: list[PlanRow] = []
+        parts = _smaller(rows) or [rows]
+        while parts:
+            part = [PlanRow(row.seq, row.tokens, decodes=row.decodes) for row in parts.pop(0)]
+            if self._fits(part, flight):
+                done += part
+            elif smaller := _smaller(part):
+                parts[:0] = smaller
+            else:
+                self._give_up(part[0])
+                done += part
+        return done
+
+    def _fits(self, rows: list[PlanRow], flight: Flight) -> bool:
+        flight.logits = flight.verdict = None
+        _free()
+        try:
+            self._run(rows, flight)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _tell(self, rows: int) -> None:
+        if time.monotonic() - self._told > _QUIET:
+            self._told = time.monotonic()
+            log.warning("out of memory in a step of %d rows: they run again in smaller parts, and slower. "
+                        "Lower memory_fraction, max_num_seqs or token_budget", rows)  # fmt: skip
+
+
+def _smaller(rows: list[PlanRow]) -> list[list[PlanRow]]:
+    """Two halves; of one row, its first half. Nothing if it cannot be less."""
+    if len(rows) > 1:
+        middle = len(rows) // 2
+        return [rows[:middle], rows[middle:]]
+    (row,) = rows
+    return [[PlanRow(row.seq, row.tokens // 2)]] if row.tokens > 1 else []
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,257 @@
+"""Tree drafters: the draft model proposes a tree, a layer or a node at a time, over its own paged KV.
+
+The nodes that were read lie one behind the other in the row's own blocks, behind its tokens; each
+attends the row and its ancestors. Once the target has judged, the KV of the accepted way is moved to
+where a chain's would be, and what else there was is written over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.models.runner import Branches, Chunk
+from engine.sampling import Place, scaled_logits
+from engine.sequence import Sequence
+from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
+from engine.speculation.drafters.model import ModelDrafter
+from engine.speculation.faults import fatal
+from engine.speculation.features import signals
+from engine.speculation.noise import first
+from engine.speculation.tree import MOST_CHILDREN, Followers, Growth, Rule, TreeOptions
+from engine.speculation.tree_table import TreeTable
+
+_COOL = 0.6  # the temperature of greedy rows' trees: of a greedy law only a chain would come
+
+
+class TreeDrafter:
+    """Trees by `rule` over the draft model of `chains`. `longest`: the most tokens a row may have."""
+
+    def __init__(self, rule: Rule, chains: ModelDrafter, longest: int) -> None:
+        self.rule, self._chains, self._longest = rule, chains, longest
+
+    def room(self, seq: Sequence) -> int:
+        return self._chains.room(seq)
+
+    def lags(self, seq: Sequence) -> bool:
+        return self._chains.lags(seq)
+
+    def read(self, rows: Seq[tuple[Sequence, int]], budget: int) -> None:
+        self._chains.read(rows, budget)
+
+    def warm(self, table: Any, policy: str, rows: int) -> None:
+        return None  # what trees need is captured when they come
+
+    def begin(self, rows: Seq[Sequence], limits: Seq[int], table: TreeTable) -> Drafts:
+        drafted = self.draft(rows, limits, table)
+        return lambda: drafted
+
+    def draft(self, rows: Seq[Sequence], limits: Seq[int], table: TreeTable) -> Drafted:
+        """A tree for each row, of at most limits[i] nodes. A fault ends it; what was drawn before stays."""
+        trees = [
+            _Tree(row, self.rule.start(row.options, most, self._deepest(row)))
+            for row, most in zip(rows, limits, strict=True)
+        ]
+        growths = [(tree.row, tree.growth) for tree in trees]
+        table.begin(growths)
+        drafted = Drafted([])
+        try:
+            while asked := [tree for tree in trees if tree.ask()]:
+                begin, first_pass = time.perf_counter(), asked[0].nodes == [-1]
+                self._answer(asked)
+                if not first_pass:  # the first one reads what the draft lacks, too
+                    tokens = sum(len(tree.nodes) for tree in asked)
+                    drafted.steps.append((tokens, time.perf_counter() - begin))
+        except Exception as error:
+            if fatal(error):
+                raise
+            drafted.fault = error
+            for tree in trees:
+                tree.forget()
+        table.grown(growths)
+        drafted.rows = [tree.told() for tree in trees]
+        return drafted
+
+    def settle(self, row: Sequence, draft: RowDraft, path: Seq[int]) -> None:
+        """Keeps the draft's KV of the accepted way; before the row gets its tokens."""
+        known = [draft.read[k] for k in path if draft.read[k] >= 0]  # parents are read before their children
+        base = row.draft_kv_len
+        pairs = [(self._slot(row, base + at), self._slot(row, base + to)) for to, at in enumerate(known)]
+        if moves := [pair for pair in pairs if pair[0] != pair[1]]:
+            self._chains.runner.move(moves)
+        row.draft_kv_len = base + len(known)
+
+    def _slot(self, row: Sequence, at: int) -> int:
+        size = self._chains.block_size
+        return row.blocks[at // size] * size + at % size
+
+    def _deepest(self, row: Sequence) -> int:
+        room = min(
+            row.params.max_tokens - row.generated - 1,
+            self._longest - len(row.tokens) - 1,
+            self.room(row),
+            row.max_sl,
+        )
+        options = row.options
+        assert isinstance(options, TreeOptions)
+        return min(options.max_depth, room)
+
+    def _answer(self, trees: list[_Tree]) -> None:
+        """One pass of the draft over the nodes that are asked about; their followers."""
+        again = getattr(self._chains.runner, "decodes", 0)
+        chunks = [tree.chunk(again) for tree in trees]
+        logits = self._chains.forward(chunks)
+        owners = [tree for tree in trees for _ in tree.nodes]
+        nodes = [node for tree in trees for node in tree.nodes]
+        found = self._followers(logits, owners, nodes)
+        at = 0
+        for tree in trees:
+            tree.hear(found[at : at + len(tree.nodes)])
+            at += len(tree.nodes)
+
+    def _followers(self, logits: Tensor, owners: list[_Tree], nodes: list[int]) -> list[Followers]:
+        """Of each place: the tokens in their order. Keeps the law where followers are drawn from it."""
+        rows = [tree.row for tree in owners]
+        ways = [tree.way(node) for tree, node in zip(owners, nodes, strict=True)]
+        places = [Place(row, way) for row, way in zip(rows, ways, strict=True)]
+        scaled = scaled_logits(
+            logits, places, self._chains.eos_ids, drafting=True, heat=[tree.heat for tree in owners]
+        )
+        able = scaled.amax(-1).isfinite()
+        sound: list[bool] = able.tolist()
+        if not all(sound):
+            for tree, nan in zip(owners, logits.isnan().any(-1).tolist(), strict=True):
+                tree.unsound = tree.unsound or nan
+            scaled = torch.where(able[:, None], scaled, 0.0)
+        noisy = [i for i, row in enumerate(rows) if row.coupled and row.params.temperature > 0]
+        if noisy:  # the target's choice is made under this noise: the law is what it leaves likely
+            scaled = scaled.to(torch.float64)
+            positions = [len(rows[i].tokens) + len(ways[i]) for i in noisy]
+            scaled[noisy] += self._chains.noise([rows[i].seed for i in noisy], positions)
+        laws = scaled.softmax(-1)
+        drawn = [i for i, row in enumerate(rows) if self.rule.draws and not row.coupled]
+        orders: dict[int, Iterator[tuple[int, float]]] = {}
+        if drawn:
+            owned = [rows[i] for i in drawn]
+            orders.update(
+                zip(drawn, self._chains.random.ordered(laws[drawn], owned, MOST_CHILDREN), strict=True)
+            )
+        if chosen := [i for i in range(len(rows)) if i not in orders]:
+            orders.update(zip(chosen, first(scaled[chosen], laws[chosen], MOST_CHILDREN), strict=True))
+        squares: dict[int, float] = {}
+        if drawn:
+            squares = dict(zip(drawn, laws[drawn].square().sum(-1).tolist(), strict=True))
+        for i in drawn:
+            owners[i].laws[nodes[i]] = laws[i]
+        read = signals(logits, logits.argmax(-1), {"entropy", "top"}) if self.rule.reads else {}
+        shown = {name: values.tolist() for name, values in read.items()}
+        return [
+            Followers(
+                orders[i] if sound[i] else iter(()),
+                squares.get(i),
+                **{name: values[i] for name, values in shown.items()},
+            )
+            for i in range(len(rows))
+        ]
+
+
+class _Tree:
+    """A row's tree while it is drafted. `nodes`: those that are asked about now."""
+
+    def __init__(self, row: Sequence, growth: Growth) -> None:
+        self.row, self.growth = row, growth
+        growth.begin = row.generated
+        options = row.options
+        assert isinstance(options, TreeOptions)
+        self.heat = options.draft_temperature or row.params.temperature or _COOL
+        self.nodes: list[int] = []
+        self.laws: dict[int, Tensor] = {}
+        self.unsound = False
+        self._before = row.draft_kv_len
+        self._read: dict[int, int] = {}  # by node, its place among those read
+        self._seen: dict[int, int] = {-1: 0}  # by node, bits of the places of its ancestors and itself
+
+    def ask(self) -> bool:
+        self.nodes = self.growth.wants()
+        return bool(self.nodes)
+
+    def chunk(self, again: int) -> Chunk:
+        """What the draft reads. A few nodes are read `again` with the new ones: the kernel for short passes
+        sees branches only among the tokens of one pass.
+        """
+        row, growth = self.row, self.growth
+        if self.nodes == [-1]:
+            tokens, start = row.tokens[row.draft_kv_len :], row.draft_kv_len
+            row.draft_kv_len = len(row.tokens)
+            return Chunk(tokens, start, row.blocks)
+        for node in self.nodes:
+            at = self._read[node] = len(self._read)
+            self._seen[node] = self._seen[growth.parents[node]] | 1 << at
+        base = row.draft_kv_len
+        nodes = list(self._read) if len(self._read) <= again else self.nodes
+        return Chunk(
+            [growth.tokens[node] for node in nodes],
+            base + len(self._read) - len(nodes),
+            row.blocks,
+            len(self.nodes),
+            Branches(
+                trunk=base,
+                positions=[base + growth.depths[node] - 1 for node in nodes],
+                sees=[base] * len(nodes),
+                masks=[self._seen[node] for node in nodes],
+            ),
+        )
+
+    def hear(self, found: list[Followers]) -> None:
+        self.growth.grow(dict(zip(self.nodes, found, strict=True)))
+
+    def way(self, node: int) -> list[int]:
+        """The tokens that lead to the node and its own."""
+        found = []
+        while node >= 0:
+            found.append(self.growth.tokens[node])
+            node = self.growth.parents[node]
+        return found[::-1]
+
+    def forget(self) -> None:
+        """After a fault nobody knows what the draft has read."""
+        self._read = {}
+        self.row.draft_kv_len = self._before
+
+    def told(self) -> RowDraft:
+        """Depth first, siblings as they were taken."""
+        growth = self.growth
+        below: dict[int, list[int]] = {}
+        for node in growth.kept():
+            below.setdefault(growth.parents[node], []).append(node)
+        order: list[int] = []
+        left = below.get(-1, [])[::-1]
+        while left:
+            order.append(left.pop())
+            left.extend(below.get(order[-1], [])[::-1])
+        places = {-1: -1} | {node: k for k, node in enumerate(order)}
+        draft = RowDraft(
+            [growth.tokens[node] for node in order],
+            [self.laws[growth.parents[node]] for node in order] if self.laws else [],
+            parents=[places[growth.parents[node]] for node in order],
+            read=[self._read.get(node, -1) for node in order],
+            joint=[growth.products[node] for node in order] if growth.products else [],
+            unsound=self.unsound,
+        )
+        if draft.parents == list(range(-1, len(order) - 1)) and all(
+            at in (k, -1) for k, at in enumerate(draft.read)
+        ):
+            draft.parents = None  # a chain, whose KV lies where it belongs
+            self.row.draft_kv_len += len([at for at in draft.read if at >= 0])
+        if growth.room <= 0:
+            draft.stop_reason = "cap"
+        elif not self.unsound:
+            draft.stop_reason = "policy"
+        else:
+            draft.stop_reason = "drafter"
+        return draft

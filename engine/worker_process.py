@@ -1,0 +1,86 @@
+"""The engine's process: its entry point, and its end of the socket to its client."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import zmq
+
+from engine.config import EngineConfig
+from engine.messages import FromEngine, ToEngine, decode_to_engine, encode
+from engine.worker import ClientGone, import_factory, serve
+
+_POLL_MS = 1000  # the longest the loop sleeps without looking whether its parent lives
+_LINGER_MS = 2000  # for the last message to leave
+
+
+class _SocketChannel:
+    """A connected PAIR socket, watched together with the parent process."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        parent = multiprocessing.parent_process()
+        if parent is None:
+            raise RuntimeError("the engine's process must be started by multiprocessing")
+        self.socket, self.parent = socket, parent
+        self.poller = zmq.Poller()
+        self.poller.register(socket, zmq.POLLIN)
+        self.poller.register(parent.sentinel, zmq.POLLIN)  # readable once the parent is gone
+
+    def receive(self, wait: bool) -> Sequence[ToEngine]:
+        ready = dict(self.poller.poll(_POLL_MS if wait else 0))
+        if self.parent.sentinel in ready:
+            raise ClientGone
+        messages: list[ToEngine] = []
+        with contextlib.suppress(zmq.Again):  # raised once it is drained
+            while self.socket in ready:
+                messages.append(decode_to_engine(self.socket.recv(zmq.NOBLOCK)))
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        data = encode(message)
+        while True:
+            try:
+                return self.socket.send(data)  # waits at most SNDTIMEO
+            except zmq.Again:
+                if not self.parent.is_alive():
+                    raise ClientGone from None
+
+
+def main(
+    endpoint: str, config: EngineConfig, factory: str, log_level: int, formatter: logging.Formatter | None
+) -> None:
+    """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault.
+
+    It logs to stderr, warnings too, as `formatter` writes lines; None: as text.
+    """
+    # These may reach the whole process group; ending the engine is its client's business.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    faulthandler.enable()
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter or logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=log_level, handlers=[handler])
+    logging.captureWarnings(True)
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.SNDTIMEO, _POLL_MS)
+    socket.connect(endpoint)
+    try:
+        sound = serve(lambda: import_factory(factory)(config), _SocketChannel(socket))
+    except ClientGone:
+        sound = False
+    socket.close()
+    context.term()
+    # Without teardown: after a CUDA error it can hang, torch's alone takes seconds, and all is saved.
+    logging.shutdown()
+    with contextlib.suppress(OSError, ValueError):  # a log on a full disk
+        sys.stderr.flush()
+    os._exit(0 if sound else 1)

@@ -1,0 +1,234 @@
+"""Who is let in: a bounded queue, what each key may take, nobody once the server ends; and until when.
+
+A request holds a `Ticket` from its headers to the end of its answer. It keeps a place in the queue for one
+sequence from the start, so that a full queue is told before a body is read; what it asks for is known later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engine.types import GenerateRequest, StepStats, TokenEvent
+from server.errors import ApiError, deadline_passed, shutting_down, too_many
+from server.key_limits import Limits, Share
+from server.metrics_admission import AdmissionMetrics
+
+_REMEMBERED = 128  # sequences that began lately: how fast the queue moves
+_LATELY = 30.0  # seconds
+
+Stop = Callable[[ApiError], None]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request's leave to be here. `due`: when it must be answered, by `time.monotonic`; None: never."""
+
+    admission: Admission | None = None
+    share: Share | None = None
+    generates: bool = False
+    due: float | None = None
+    reserved: bool = False  # a place in the queue, until its sequences are known
+    ids: list[str] = field(default_factory=list)  # of its sequences
+    stops: set[Stop] = field(default_factory=set)
+
+    def enter(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
+        """The request's sequences join the queue, on behalf of its key. Raises ApiError 429."""
+        if self.admission is None or self.share is None:
+            return list(requests)
+        self.admission.queue_up(self, requests)
+        tenant = self.share.name or ""
+        return [msgspec.structs.replace(request, tenant=tenant) for request in requests]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until it is due; None: no end."""
+        return None if self.due is None else max(0.0, self.due - time.monotonic())
+
+    def expired(self) -> ApiError:
+        """What a request is told that is due."""
+        if self.admission is not None:
+            self.admission.metrics.expired.inc()
+        return deadline_passed()
+
+    @contextmanager
+    def stopping(self, stop: Stop) -> Iterator[None]:
+        """Calls `stop` with the reason if the request is due, or the server ends, meanwhile."""
+        left = self.seconds_left
+        loop = asyncio.get_running_loop()
+        alarm = None if left is None else loop.call_later(left, lambda: stop(self.expired()))
+        self.stops.add(stop)
+        try:
+            yield
+        finally:
+            self.stops.discard(stop)
+            if alarm is not None:
+                alarm.cancel()
+
+
+class Admission:
+    """The queue of one app, and its keys' shares.
+
+    A sequence waits from its request's arrival to the engine's first event of it. As many as the engine has
+    places left are not counted as waiting.
+    """
+
+    def __init__(
+        self, places: int, *, requests: int, tokens: int, limits: Limits, metrics: AdmissionMetrics
+    ) -> None:
+        """`places`: sequences that the engine runs at once. `requests`, `tokens`: sequences, and tokens of
+        their prompts, that may wait beside them. `limits`: of each key."""
+        self.metrics = metrics
+        self.draining = False
+        self._places, self._most, self._most_tokens = places, requests, tokens
+        self._limits = limits
+        self._shares: dict[str | None, Share] = {}
+        self._tickets: set[Ticket] = set()
+        self._reserved = 0
+        self._waiting: dict[str, int] = {}  # sequences without an event, and the tokens of their prompts
+        self._tokens = 0  # of these, the sum
+        self._running: set[str] = set()
+        self._spenders: dict[str, Share] = {}  # whose tokens are counted
+        self._begun: deque[float] = deque(maxlen=_REMEMBERED)
+        metrics.watch(lambda: (self.queued, self._tokens), requests, tokens)
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait though every place is taken."""
+        return max(0, self._reserved + len(self._waiting) - self._free)
+
+    @property
+    def _free(self) -> int:
+        return max(0, self._places - len(self._running))
+
+    def open(self, key: str | None, *, generates: bool) -> Ticket:
+        """A ticket for a request of this key, to be closed. Raises ApiError: 429; 503 if the server ends."""
+        share = self._shares.get(key)
+        if share is None:
+            share = self._shares[key] = Share(key, self._limits)
+        try:
+            if self.draining:
+                raise shutting_down()
+            if generates and not self._room(share, 1):
+                raise self._full("queue_requests", f"{self.queued} requests wait already")
+            share.enter()
+        except ApiError as error:
+            self.metrics.refused.labels(error.reason or "draining").inc()
+            raise
+        ticket = Ticket(self, share, generates, reserved=generates)
+        self._reserved += generates
+        share.waiting += generates
+        self._tickets.add(ticket)
+        return ticket
+
+    def queue_up(self, ticket: Ticket, requests: Sequence[GenerateRequest]) -> None:
+        """The sequences of a request join the queue in its ticket's place. Raises ApiError 429.
+
+        One that could not even enter an empty queue is taken when nothing else waits.
+        """
+        assert ticket.share is not None
+        self._give_back(ticket)
+        tokens = sum(len(request.prompt_ids) for request in requests)
+        try:
+            if self._reserved + len(self._waiting) and not self._room(ticket.share, len(requests)):
+                what = f"{len(requests)} sequences find no place: {self.queued} wait already"
+                raise self._full("queue_requests", what)
+            if self._waiting and not self._room_for_tokens(ticket.share, tokens):
+                what = f"prompts of {tokens} tokens find no place: {self._tokens} tokens wait already"
+                raise self._full("queue_tokens", what)
+        except ApiError as error:
+            self.metrics.refused.labels(error.reason).inc()
+            raise
+        for request in requests:
+            ticket.ids.append(request.id)
+            self._waiting[request.id] = len(request.prompt_ids)
+            self._spenders[request.id] = ticket.share
+        self._tokens += tokens
+        ticket.share.waiting += len(requests)
+        ticket.share.waiting_tokens += tokens
+        ticket.share.spend(tokens)
+
+    def on_step(self, _: StepStats, events: Sequence[TokenEvent]) -> None:
+        """Takes one engine step in: who runs now, who has ended, whose tokens these are."""
+        for event in events:
+            if event.id in self._waiting:
+                self._end_wait(event.id)
+                self._running.add(event.id)
+                self._begun.append(time.monotonic())
+            if event.finish_reason is not None:
+                self._running.discard(event.id)
+            if (share := self._spenders.get(event.id)) is not None:
+                share.spend(len(event.token_ids))
+
+    def close(self, ticket: Ticket) -> None:
+        """The request has been answered, or its client has left."""
+        self._tickets.discard(ticket)
+        self._give_back(ticket)
+        if ticket.share is not None:
+            ticket.share.leave()
+        for ident in ticket.ids:
+            if ident in self._waiting:
+                self._end_wait(ident)
+            self._running.discard(ident)
+            self._spenders.pop(ident, None)
+
+    def stop_all(self) -> None:
+        """Ends all answers that are being generated, each with an error that says why."""
+        for ticket in self._tickets:
+            for stop in list(ticket.stops):
+                stop(shutting_down("the answer did not end in time"))
+
+    def _room(self, share: Share, sequences: int) -> bool:
+        """Whether so many more of this key may wait: while the queue is not full, and beyond that, up to
+        twice its length, where the key has less than an even part of it: no other key can keep it out."""
+        over = self._reserved + len(self._waiting) + sequences - self._free - self._most
+        return over <= 0 or (
+            over <= self._most and share.waiting + sequences <= self._most // self._keys(share)
+        )
+
+    def _room_for_tokens(self, share: Share, tokens: int) -> bool:
+        over = self._tokens + tokens - self._most_tokens
+        part = self._most_tokens // self._keys(share)
+        return over <= 0 or (over <= self._most_tokens and share.waiting_tokens + tokens <= part)
+
+    def _keys(self, share: Share) -> int:
+        """Keys that wait, this one included."""
+        return sum(each.waiting > 0 or each is share for each in self._shares.values())
+
+    def _end_wait(self, ident: str) -> None:
+        tokens, share = self._waiting.pop(ident), self._spenders[ident]
+        self._tokens -= tokens
+        share.waiting -= 1
+        share.waiting_tokens -= tokens
+
+    def _give_back(self, ticket: Ticket) -> None:
+        if ticket.reserved and ticket.share is not None:
+            self._reserved -= 1
+            ticket.share.waiting -= 1
+        ticket.reserved = False
+
+    def _full(self, reason: str, message: str) -> ApiError:
+        return too_many(f"the server is full: {message}", reason, "queue_full", self._wait())
+
+    def _wait(self) -> float:
+        """Seconds in which the queue should have moved on by one that comes now, by how it moved lately."""
+        now = time.monotonic()
+        lately = [at for at in self._begun if at > now - _LATELY]
+        rate = len(lately) / max(now - lately[0], 0.1) if len(lately) > 1 else 0.0
+        return self.queued / rate if rate else 1.0
+
+
+_current: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+enter, leave = _current.set, _current.reset
+
+
+def current() -> Ticket:
+    """The ticket of the request that is being answered here; outside of one, a ticket without bounds."""
+    return _current.get() or Ticket()

@@ -1,0 +1,10 @@
+"""What the API bounds of one request. An operator may set less; see `server.settings`."""
+
+from __future__ import annotations
+
+MAX_N = 128
+"""The most choices for each prompt; OpenAI's."""
+MAX_SEQUENCES = 2048
+"""The most sequences that one request may ask for: prompts times choices."""
+MAX_TIMEOUT = 7 * 24 * 3600.0
+"""The most seconds that a request may give itself."""

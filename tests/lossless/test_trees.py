@@ -1,0 +1,334 @@
+"""Trees are exact: every branch against the target's own law, and mutants of what could go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import pytest
+import torch
+from lossless.branches import Case, assert_same_law, check, output_law
+from lossless.chi_square import ALPHA, output_p_value
+from lossless.coupled import EVERY_TREE, check_identity, requests, spec, tree
+from lossless.law import sequence_law
+from lossless.toys import Pair, broken, different, disjoint, run, toy_engine, twins
+from torch import Tensor
+
+import engine.core
+import engine.speculation.drafters.tree
+import engine.speculation.verifier
+from engine.core import Engine
+from engine.kv.pool import KVPool, LayerShape
+from engine.models.runner import Branches
+from engine.speculation.drafters.base import RowDraft
+from engine.speculation.noise import RandomSource
+from engine.types import GenerateRequest, SamplingParams, SpeculationParams
+
+Patch = pytest.MonkeyPatch
+PAIR = different(3)
+KINDS = {
+    "layers": {"drafter": "dyspec", "threshold": 0.1},
+    "greedy": {"drafter": "dyspec", "growth": "greedy"},
+    "opt_tree": {"drafter": "opt_tree", "delta": 0.0},
+    "goodput": {"drafter": "goodput_tree"},
+    "c2t": {"drafter": "c2t", "threshold": 0.1},
+}
+
+
+def asks(kind: str, budget: int, depth: int = 3, **options: object) -> SpeculationParams:
+    return tree(**{**KINDS[kind], "budget": budget, "max_depth": depth, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [2, 3, 4, 5, 6])
+def test_every_branch(kind: str, budget: int):
+    shapes = set[tuple[int, int]]()
+    check(
+        Case(PAIR, SamplingParams(max_tokens=3), asks(kind, budget, 2)),
+        lambda events: shapes.update((e.drafted, e.accepted) for e in events),
+    )
+    assert any(drafted > 2 or budget == 2 for drafted, _ in shapes)  # more than the depth: siblings
+    assert {accepted for _, accepted in shapes} == {0, 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_of_four_and_depth(kind: str):
+    check(Case(different(4), SamplingParams(max_tokens=4, top_k=3), asks(kind, 4, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.6},
+        {"top_p": 0.7},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.3},
+        {"min_tokens": 2},
+        {"temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_sampling_parameters(kind: str, params: dict[str, object]):
+    asked = asks(kind, 4, draft_temperature=1.3)
+    eos = (1,) if "min_tokens" in params else ()
+    check(Case(PAIR, SamplingParams(max_tokens=4, sampling_method="rejection", **params), asked, eos=eos))
+
+
+@pytest.mark.parametrize("kind", ["layers", "greedy"])
+def test_supports_that_do_not_meet_and_laws_that_are_none(kind: str):
+    check(Case(disjoint(4), SamplingParams(max_tokens=3), asks(kind, 4)))
+    check(Case(broken(3), SamplingParams(max_tokens=4), asks(kind, 4)))
+
+
+@pytest.mark.parametrize("method", ["rejection", "coupled"])
+def test_a_draft_of_the_target_is_accepted_down_to_a_leaf(method: str):
+    """If nothing bounds the tree but its depth; what stood before was moved to where the draft reads it."""
+    some = requests(
+        SamplingParams(max_tokens=12, sampling_method=method),  # type: ignore[arg-type]
+        [asks("layers", 64, 2, threshold=0.0)],
+        prompt=(0, 1, 2),
+        seeds=range(50),
+    )
+    full = [
+        event
+        for events in run(toy_engine(twins(3), blocks=3000, rows=50), some).values()
+        for event in events
+        if event.drafted == 12
+    ]
+    assert len(full) > 100 and all(event.accepted == 2 for event in full)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_block_sizes(block_size: int):
+    check(Case(PAIR, SamplingParams(max_tokens=4), asks("layers", 4), block_size=block_size))
+
+
+def test_beside_a_chain_and_a_row_without_a_draft():
+    asked = [asks("layers", 4), spec(sl=1), spec(sl=0)]
+    prompts = [(0, 1, 2), (2, 1, 2, 1), (0, 0)]
+    some = [
+        GenerateRequest(id="", prompt_ids=prompt, params=SamplingParams(max_tokens=tokens), speculation=each)
+        for prompt, each, tokens in zip(prompts, asked, (3, 2, 1), strict=True)
+    ]
+
+    def build(random: RandomSource) -> Engine:
+        return toy_engine(PAIR, random=random, blocks=64 * 20, rows=192)
+
+    laws = [sequence_law(PAIR.target, each.prompt_ids, each.params) for each in some]
+    product = {
+        (a, b, c): p * q * r
+        for a, p in laws[0].items()
+        for b, q in laws[1].items()
+        for c, r in laws[2].items()
+    }
+    assert_same_law(output_law(build, some, width=64), product)
+
+
+def _sampled(pair: Pair, asked: SpeculationParams, method: str, tokens: int) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(
+            id=str(seed),
+            prompt_ids=tuple(at % pair.vocab for at in (0, 1, 2, 3, 0, 1)),
+            params=SamplingParams(seed=seed, max_tokens=tokens, temperature=0.6, sampling_method=method),  # type: ignore[arg-type]
+            speculation=asked,
+        )
+        for seed in range(3000)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["rejection", "coupled"])
+def test_output_has_the_targets_law(kind: str, method: str):
+    """The engine's own draws, of a vocabulary of eight."""
+    pair = different(8)
+    some = _sampled(pair, asks(kind, 8), method, 4)
+    assert output_p_value(lambda rows: toy_engine(pair, blocks=rows * 14, rows=rows), pair, some) > ALPHA
+
+
+def test_no_block_is_left_behind():
+    """A thousand requests, some of which leave while their tree is being judged."""
+    engine = toy_engine(PAIR, blocks=200, rows=8)
+    asked = [
+        GenerateRequest(
+            id=str(i),
+            prompt_ids=(i % 3, 1, 2)[: 1 + i % 3],
+            params=SamplingParams(
+                seed=i, max_tokens=1 + i % 7, sampling_method=("rejection", "coupled")[i % 2]
+            ),  # type: ignore[arg-type]
+            speculation=EVERY_TREE[i % len(EVERY_TREE)],
+        )
+        for i in range(1000)
+    ]
+    gone = set[str]()
+    for start in range(0, 1000, 8):
+        some = asked[start : start + 8]
+        for request in some:
+            engine.add(request)
+        steps = 0
+        while engine.has_work():
+            engine.step()
+            steps += 1
+            if steps == 2:
+                gone |= {request.id for request in some[::3]}
+                for request in some[::3]:
+                    engine.abort(request.id)
+            blocks = {len(seq.blocks) for seq in engine._scheduler.running}
+            longest = max((len(seq.tokens) for seq in engine._scheduler.running), default=0)
+            assert max(blocks, default=0) <= -(-(longest + 64 + 1) // 2) + 1
+    assert engine._blocks.used_blocks == 0 and len(gone) > 300
+
+
+# ---- mutants
+
+
+def must_fail(case: Case) -> None:
+    with pytest.raises(AssertionError):
+        check(case)
+
+
+CASE = Case(PAIR, SamplingParams(max_tokens=3), asks("layers", 4, 2))
+
+
+def _told(monkeypatch: Patch, change: Callable[[RowDraft], None]) -> None:
+    shipped = engine.speculation.drafters.tree._Tree.told
+
+    def told(self: engine.speculation.drafters.tree._Tree) -> RowDraft:
+        draft = shipped(self)
+        if draft.laws and draft.parents is not None:
+            change(draft)
+        return draft
+
+    monkeypatch.setattr(engine.speculation.drafters.tree._Tree, "told", told)
+
+
+def test_siblings_sorted_by_probability(monkeypatch: Patch):
+    def sort(draft: RowDraft) -> None:
+        """The first two of the row's end, if both are leaves."""
+        first = [k for k in draft.children()[0] if not draft.children()[k + 1]][:2]
+        if len(first) == 2:
+            a, b = first
+            if draft.laws[a][draft.tokens[a]] < draft.laws[a][draft.tokens[b]]:
+                draft.tokens[a], draft.tokens[b] = draft.tokens[b], draft.tokens[a]
+
+    check(CASE)
+    _told(monkeypatch, sort)
+    must_fail(CASE)
+
+
+def test_sampled_nodes_pruned_by_their_probability(monkeypatch: Patch):
+    def prune(draft: RowDraft) -> None:
+        last = len(draft.tokens) - 1
+        if draft.laws[last][draft.tokens[last]] < 0.3:
+            for each in (draft.tokens, draft.laws, draft.parents, draft.read):
+                assert each is not None
+                each.pop()
+
+    _told(monkeypatch, prune)
+    must_fail(CASE)
+
+
+def test_a_sibling_judged_as_if_none_had_been_drawn_before_it(monkeypatch: Patch):
+    monkeypatch.setattr(engine.speculation.verifier, "taken", lambda law, token: law)
+    must_fail(CASE)
+
+
+def test_a_sibling_judged_by_the_targets_first_law(monkeypatch: Patch):
+    monkeypatch.setattr(engine.speculation.verifier, "residual", lambda p, q, token: p)
+    must_fail(CASE)
+
+
+LONG = requests(SamplingParams(max_tokens=40), EVERY_TREE, prompt=(0, 1, 2, 0, 1))
+
+
+def identity_must_fail(asked: Seq[GenerateRequest] = LONG) -> None:
+    with pytest.raises((AssertionError, IndexError)):
+        check_identity(toy_engine(PAIR, blocks=800, rows=32), PAIR, asked)
+
+
+def test_kv_of_the_accepted_way_is_not_moved(monkeypatch: Patch):
+    check_identity(toy_engine(PAIR, blocks=800, rows=32), PAIR, LONG)
+    monkeypatch.setattr("lossless.toys.ToyRunner.move", lambda self, pairs: None)
+    identity_must_fail()
+
+
+def test_kv_that_overlaps_is_read_before_it_is_written():
+    shape = LayerShape(1, 2, 3)
+    pool = KVPool({0: shape, 1: shape}, 2, 4, torch.float32, torch.device("cpu"))
+    for each in (*pool.keys.values(), *pool.values.values()):
+        each.copy_(torch.arange(8.0)[:, None, None].expand_as(each))
+    pool.move([(3, 2), (2, 1), (5, 3), (7, 5)])
+    for each in (*pool.keys.values(), *pool.values.values()):
+        assert each[:, 0, 0].tolist() == [0, 2, 3, 5, 4, 7, 6, 7]
+
+
+def _branches(monkeypatch: Patch, change: Callable[[Branches], Branches]) -> None:
+    shipped = RowDraft.branches
+
+    def changed(self: RowDraft, start: int) -> Branches | None:
+        found = shipped(self, start)
+        return None if found is None else change(found)
+
+    monkeypatch.setattr(RowDraft, "branches", changed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: Branches(b.trunk, b.positions, b.sees, [(1 << i) - 1 for i in range(len(b.masks))]),
+        lambda b: Branches(b.trunk, b.positions, [n - 1 for n in b.sees], b.masks),
+        lambda b: Branches(b.trunk + 1, b.positions, b.sees, b.masks),
+        lambda b: Branches(b.trunk, [b.trunk - 1 + i for i in range(len(b.masks))], b.sees, b.masks),
+    ],
+    ids=["all before it", "not the newest token", "another's bit", "slot is position"],
+)
+def test_a_node_that_attends_what_it_should_not(monkeypatch: Patch, change: Callable[[Branches], Branches]):
+    _branches(monkeypatch, change)
+    identity_must_fail()
+
+
+def test_the_draft_reads_its_tree_wrong(monkeypatch: Patch):
+    """Nothing is lost but acceptance: a draft that is the target knows."""
+
+    def accepted() -> float:
+        asked = requests(
+            SamplingParams(max_tokens=30, temperature=0.0), [tree("dyspec", budget=8, max_depth=4)]
+        )
+        events = [e for own in run(toy_engine(twins(4)), asked).values() for e in own if e.iterations]
+        return sum(e.accepted for e in events) / len(events)
+
+    right = accepted()
+    monkeypatch.setattr(
+        engine.speculation.drafters.tree.TreeDrafter,
+        "settle",
+        lambda self, row, draft, path: setattr(row, "draft_kv_len", row.draft_kv_len + len(path)),
+    )
+    assert accepted() < right
+
+
+def test_what_is_asked_of_a_tree_is_checked():
+    for options, message in (
+        ({"budget": 65}, "budget"),
+        ({"max_depth": 0}, "max_depth"),
+        ({"sl": 3}, "no option 'sl'"),
+        ({"growth": "sideways"}, "growth"),
+    ):
+        with pytest.raises(engine.core.InvalidRequest, match=message):
+            toy_engine(PAIR).add(
+                GenerateRequest(id="a", prompt_ids=(0,), speculation=tree("dyspec", **options))
+            )
+    with pytest.raises(engine.core.InvalidRequest, match="no policy"):
+        toy_engine(PAIR).add(
+            GenerateRequest(
+                id="a",
+                prompt_ids=(0,),
+                speculation=SpeculationParams(drafter="dyspec", policy="static", options={}),
+            )
+        )
+
+
+def test_the_law_of_a_tree_without_its_siblings() -> None:
+    """`taken` leaves a law; where nothing is left, the law itself."""
+    law = engine.speculation.verifier.taken(torch.tensor([0.5, 0.25, 0.25]), 0)
+    assert law.tolist() == [0.0, 0.5, 0.5]
+    only: Tensor = torch.tensor([0.0, 1.0])
+    assert engine.speculation.verifier.taken(only, 1).tolist() == [0.0, 1.0]
