@@ -23,7 +23,8 @@ CPU_TRITON := triton==3.7.1
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test lint lossless structured test-clients test-suites test-page check-numbers check-monitoring check-image \
-	check-kubernetes check-ray bench bench-gpu bench-policies models clean
+	check-kubernetes check-ray faults fuzz soak audit bench bench-gpu bench-policies bench-trees bench-offload bench-overload \
+	bench-connections models clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +68,21 @@ check-ray: $(STAMPS)/dev models ## Two replicas on Ray Serve, one killed
 	$(PIP) install --editable ".[ray]"
 	$(BIN)/python deploy/ray/check.py $(ARGS)
 
+faults: $(STAMPS)/dev models ## Inject every fault, and kill the engine 100 times
+	$(BIN)/python tests/fault/table.py --json out/faults/table.json
+	$(BIN)/python tests/fault/kills.py --json out/faults/kills.json
+
+fuzz: $(STAMPS)/dev models ## Send 20,000 mutated requests and raw garbage
+	$(BIN)/python tests/fault/fuzz_http.py $(ARGS)
+
+soak: $(STAMPS)/dev models ## Half an hour of 32 clients that do everything
+	$(BIN)/python benchmarks/soak.py $(ARGS)
+
+audit: $(STAMPS)/installed ## What is known of the dependencies (PyPI), and a list of them (CycloneDX)
+	$(PYTHON) -m venv out/audit && out/audit/bin/pip install -q -r deploy/requirements-audit.txt
+	out/audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o out/audit/sbom.json
+	out/audit/bin/pip-audit --strict --no-deps --disable-pip -r docker/requirements.txt
+
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,6 +94,18 @@ bench: $(STAMPS)/dev models ## Measure against transformers on this machine
 
 bench-gpu: $(STAMPS)/dev models ## Measure kernels, a widened pair, transformers and HTTP on this GPU
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+bench-trees: $(STAMPS)/dev models ## Token trees beside chains, by budget
+	$(BIN)/python benchmarks/trees.py $(ARGS)
+
+bench-offload: $(STAMPS)/dev models ## A target larger than the GPU
+	$(BIN)/python benchmarks/offload.py $(ARGS)
+
+bench-overload: $(STAMPS)/dev models ## What four times too much load does
+	$(BIN)/python benchmarks/overload.py $(ARGS)
+
+bench-connections: $(STAMPS)/dev models ## 10,000 idle connections and 500 slow readers beside one client
+	$(BIN)/python benchmarks/connections.py $(ARGS)
 
 bench-policies: $(STAMPS)/dev models ## Measure every stop policy side by side, alone and under load
 	$(BIN)/python benchmarks/policies.py $(ARGS)

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "clients"
 from live import ROOT, RunFailed, Served, serving
 
 FLAGS = ("--read-seconds", "3600", "--write-seconds", "3600", "--log-level", "warning", "--device", "cpu")
-_AT_ONCE = 200  # connections that are opened at the same time
+_AT_ONCE, _STREAMS = 200, 32  # connections that are opened, and streams that are asked for, at the same time
 _PAGES = 12  # that a slow client asks for: some 1 MB
 _BYTES, _PAUSE = 200, 0.2  # that a slow client reads, and then waits for
 
@@ -84,10 +84,10 @@ async def connect(address: tuple[str, int], buffer: int | None = None) -> socket
     return peer
 
 
-async def many(count: int, make: Callable[[int], Any]) -> list[socket.socket]:
+async def many(count: int, make: Callable[[int], Any], at_once: int) -> list[socket.socket]:
     made: list[socket.socket] = []
-    for start in range(0, count, _AT_ONCE):
-        made += await asyncio.gather(*(make(place) for place in range(start, min(start + _AT_ONCE, count))))
+    for start in range(0, count, at_once):
+        made += await asyncio.gather(*(make(place) for place in range(start, min(start + at_once, count))))
     return made
 
 
@@ -107,9 +107,12 @@ async def crowd(served: Served, idle: int, slow: int) -> AsyncIterator[None]:
     async def slowly(_: int) -> socket.socket:
         peer = await connect(address, 4096)
         await loop.sock_sendall(peer, _ask(served))
+        status = await loop.sock_recv(peer, 12)
+        if status != b"HTTP/1.1 200":
+            raise RunFailed(f"a slow reader was told {status!r}")
         return peer
 
-    idlers, readers = await many(idle, silent), await many(slow, slowly)
+    idlers, readers = await many(idle, silent, _AT_ONCE), await many(slow, slowly, _STREAMS)
     reading = asyncio.create_task(_read_slowly(readers))
     try:
         await _until_idle(served)

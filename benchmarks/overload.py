@@ -62,7 +62,7 @@ class Part:
     whole: tuple[float, float] | None
     refused: int
     refusal: tuple[float, ...] | None  # p50, p99, max
-    others: dict[str, int]
+    others: dict[str, int]  # failures that are no 429s, by kind and message
     lag_p99: float | None
     cpu_ms_a_token: float | None
 
@@ -88,7 +88,8 @@ def part_of(outcome: Outcome, seconds: float, ramp: float, cpu: float | None = N
     span = seconds - ramp
     if span <= 0:
         raise SystemExit(f"one answer takes {ramp:.1f} s: {seconds:g} s are too short to measure anything")
-    others = Counter(each.error for each in records if each.error not in (None, _REFUSED))
+    strange = [each for each in records if each.error not in (None, _REFUSED)]
+    others = Counter(f"{each.error}: {each.message[:100]}" for each in strange)
     return Part(
         offered=len(records) / seconds,
         accepted=len(good),
@@ -99,7 +100,7 @@ def part_of(outcome: Outcome, seconds: float, ramp: float, cpu: float | None = N
         whole=_two([each.ended - each.sent for each in good]),
         refused=len(refused),
         refusal=_percentiles([each.ended - each.sent for each in refused], 50, 99, 100),
-        others={str(kind): count for kind, count in others.items()},
+        others=dict(others),
         lag_p99=None if not outcome.lags else float(np.percentile(outcome.lags, 99)) * 1e3,
         cpu_ms_a_token=None if cpu is None or not tokens else cpu * 1e3 / tokens,
     )

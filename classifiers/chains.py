@@ -49,7 +49,7 @@ class Chains:
             base=begins[:-1].astype(np.int64),
             total=places.astype(np.int64),
             prompt_tokens=np.asarray(trace.prompts.tokens, dtype=np.int64),
-            heat=_heat(trace),
+            heat=heat_of(trace),
             broke=np.minimum.accumulate(broke[::-1])[::-1],
             stands=np.asarray(steps.match, dtype=np.int64),
             branch=np.asarray(trace.branch_of(), dtype=np.int64),
@@ -84,7 +84,7 @@ class Chains:
         return found.float() if found.dtype == torch.float16 else found
 
 
-def _heat(trace: Trace) -> NDArray[np.float32]:
+def heat_of(trace: Trace) -> NDArray[np.float32]:
     """By prompt: 0 where a draft's chance to stand is whether it did, 1 where it was sampled."""
     steps = trace.steps
     sampled = np.asarray(steps.accept) != np.asarray(steps.match)

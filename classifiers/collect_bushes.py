@@ -41,11 +41,13 @@ class Written(Protocol):
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a bush goes: ways of at least `least` probability, of `depth` tokens, `nodes` at most."""
+    """How far a bush goes: ways of at least `least` probability, of `depth` tokens, `nodes` at most, of
+    these `wide` of one length."""
 
     least: float = 0.01
     depth: int = 8
     nodes: int = 48
+    wide: int = 24
 
     def __post_init__(self) -> None:
         assert 1 <= self.nodes <= MOST_NODES
@@ -103,7 +105,7 @@ class _Bush:
         ]
         ways.sort(key=lambda way: -way[0])
         self.layer = []
-        for joint, node, rank, token in ways[: extent.nodes - len(self.tokens)]:
+        for joint, node, rank, token in ways[: min(extent.nodes - len(self.tokens), extent.wide)]:
             depth = 1 + (self.depths[node] if node >= 0 else 0)
             if depth > min(extent.depth, self.room):
                 break

@@ -242,9 +242,7 @@ def _hub_rows(name: str, limit: int | None) -> Iterator[Prompt]:
     try:
         load_dataset = importlib.import_module("datasets").load_dataset
     except ImportError as error:
-        raise DataError(
-            f"data {name}: the package `datasets` is wanted: pip install -e '.[data]'"
-        ) from error
+        raise DataError(f"data {name}: the package `datasets` is wanted: pip install -e '.[data]'") from error
     category = path.rpartition("/")[2]
     count = 0
     try:

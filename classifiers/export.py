@@ -1,5 +1,7 @@
 """`disco-serve classifier export`: a trained head where it is to be served from, with its scores on test.
 
+Those are of `evaluate`; of a c2t head of `simulate-trees`.
+
 Optionally tuned anew: a threshold and a cap belong to the costs of a machine, the probabilities do not.
 """
 
@@ -21,7 +23,8 @@ from engine.speculation.heads import Head, HeadError, load_head, save_head
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`scores`: the JSON of `evaluate` on this head. `traces` with `costs`: tune it for these."""
+    """`scores`: the JSON of `evaluate`, or of `simulate-trees`, on this head. `traces` with `costs`: tune it
+    for these."""
 
     head: Path
     out: Path
@@ -71,15 +74,18 @@ def _validation(paths: tuple[Path, ...], head: Head) -> Starts:
 
 
 def _scores(path: Path, head: Head) -> dict[str, Any]:
-    """What `evaluate` said of this head. Raises HeadError if it judged another."""
+    """What the report says of this head. Raises HeadError if it judged another."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         names = [n for n, told in report["heads"].items() if told["weights_sha256"] == head.weights_sha256]
         if not names:
             raise HeadError(f"{path} does not judge this head: its weights are not among those judged")
+        if head.kind == "c2t":
+            grown = [row for row in report["rows"] if (row["drafter"], row["task"]) == ("c2t", "all")]
+            return {"trees": grown, "costs": report["costs"]}
         rows = [row for row in report["scores"] if row["kind"] == names[0]]
         return {"classifier": rows, "time": report["time"][names[0]], "costs": report["costs"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, HeadError):
             raise
-        raise ValueError(f"{path} is no report of `classifier evaluate`: {error}") from error
+        raise ValueError(f"{path} is no report of this head's judge: {error}") from error

@@ -7,25 +7,34 @@ in for it, and the node is counted as `unknown`; beyond it nothing is accepted i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
+from classifiers.chains import heat_of
 from classifiers.traces import Array, Trace, TraceError
-from engine.speculation.tree import MOST_CHILDREN, Followers, Growth, Rule
+from engine.speculation.tree import MOST_CHILDREN, Followers, Growth
 
 
 @dataclass(frozen=True)
 class Grown:
-    """One tree: `nodes` that the target verifies, `accepted` of these; nodes read by each draft pass."""
+    """One tree. `kept`: the nodes that the target verifies; `way`: those that it accepts; `passes`: how many
+    were read by each draft pass; `unknown`: of these, those of which the trace knows nothing."""
 
-    nodes: int
-    accepted: int
-    passes: tuple[int, ...]
-    unknown: int
+    kept: tuple[int, ...] = ()
+    way: tuple[int, ...] = ()
+    passes: tuple[int, ...] = ()
+    unknown: int = 0
+
+    @property
+    def nodes(self) -> int:
+        return len(self.kept)
+
+    @property
+    def accepted(self) -> int:
+        return len(self.way)
 
 
 @dataclass
@@ -34,6 +43,7 @@ class Forest:
 
     base: Array  # int64[P], the step of a prompt's position 0
     total: Array  # int64[P], tokens of its text
+    heat: Array  # float32[P], the temperature of its text
     tokens: int  # the most that a text may have
     rank: list[int]  # by step: the text's own token, in the place's order
     last: list[bool]  # by step
@@ -41,7 +51,6 @@ class Forest:
     top: Array  # float32[N + L, 10]
     entropy: Array  # float32[N + L]
     below: dict[int, int]  # of bushes: by place * 32 + rank the place that follows
-    _picks: count[int] = field(default_factory=count)
 
     @classmethod
     def of(cls, trace: Trace) -> Forest:
@@ -58,6 +67,7 @@ class Forest:
         return cls(
             base=begins[:-1],
             total=np.diff(begins),
+            heat=heat_of(trace),
             tokens=trace.manifest.tokens,
             rank=steps.rank.tolist(),
             last=last.tolist(),
@@ -81,16 +91,15 @@ class Forest:
         """As the drafter gives them; a token is its place in the order."""
         probs = self.order[place].tolist()
         known = iter([(rank, prob) for rank, prob in enumerate(probs) if prob > 0])
-        return Followers(known, float(self.entropy[place]), self.top[place].tolist())
+        return Followers(known, entropy=float(self.entropy[place]), top=self.top[place].tolist())
 
-    def stand_in(self) -> int:
-        """Some place off the texts, each time another one."""
+    def stand_in(self, step: int, node: int) -> int:
+        """Some place off the texts."""
         steps, size = len(self.rank), len(self.order)
-        return steps + next(self._picks) * 7919 % (size - steps) if size > steps else 0
+        return steps + (7919 * step + 104729 * node) % (size - steps) if size > steps else 0
 
-    def grow(self, growth: Growth, step: int, generated: int) -> Grown:
+    def grow(self, growth: Growth, step: int) -> Grown:
         """Drafts a tree at a step, as `TreeDrafter` does, and walks down the text's own tokens."""
-        growth.begin = generated
         where, passes, unknown = {-1: step}, [], 0
         while wanted := growth.wants():
             for node in wanted:
@@ -100,65 +109,19 @@ class Forest:
             unknown += len(lacking)
             passes.append(len(wanted))
             known = {
-                node: self.followers(where[node] if where[node] >= 0 else self.stand_in()) for node in wanted
+                node: self.followers(where[node] if where[node] >= 0 else self.stand_in(step, node))
+                for node in wanted
             }
             growth.grow(known)
         kept = growth.kept()
-        return Grown(len(kept), self._accepted(growth, kept, step), tuple(passes), unknown)
+        return Grown(tuple(kept), tuple(self._way(growth, kept, step)), tuple(passes), unknown)
 
-    def _accepted(self, growth: Growth, kept: Seq[int], step: int) -> int:
+    def _way(self, growth: Growth, kept: Seq[int], step: int) -> Iterator[int]:
         children = {(growth.parents[node], growth.tokens[node]): node for node in kept}
-        node, accepted = -1, 0
+        node = -1
         while (found := children.get((node, self.rank[step]))) is not None:
-            node, accepted = found, accepted + 1
+            node = found
+            yield node
             if self.last[step]:
-                break
+                return
             step += 1
-        return accepted
-
-    def play(self, rule: Rule, options: Any, prompts: Seq[int], most: int | None = None) -> list[Played]:
-        """Every iteration of requests for these prompts, as an engine with one of them at a time has them.
-
-        `most`: tokens of a request, if not all that was recorded. The draft has read the prompts beside the
-        target.
-        """
-        found = []
-        limit = min(most or self.tokens, self.tokens)
-        for prompt in prompts:
-            total, generated = min(int(self.total[prompt]), limit), 1
-            while generated < total:
-                step, deepest = int(self.base[prompt]) + generated, limit - generated - 1
-                grown = Grown(0, 0, (), 0)
-                if deepest > 0:
-                    growth = rule.start(options, options.budget, min(options.max_depth, deepest))
-                    grown = self.grow(growth, step, generated)
-                emitted = min(grown.accepted + 1, total - generated)
-                found.append(Played(prompt, generated, emitted, grown))
-                generated += emitted
-        return found
-
-    def longest_ways(self, prompts: Seq[int], budget: int, most: int | None = None) -> list[Played]:
-        """The oracle: exactly the tokens that will stand, as far as the draft's order holds them at all."""
-        found = []
-        limit = min(most or self.tokens, self.tokens)
-        for prompt in prompts:
-            total, generated = min(int(self.total[prompt]), limit), 1
-            while generated < total:
-                step, room = int(self.base[prompt]) + generated, min(budget, limit - generated - 1)
-                run = 0
-                while run < room and generated + run < total and self.rank[step + run] >= 0:
-                    run += 1
-                emitted = min(run + 1, total - generated)
-                found.append(Played(prompt, generated, emitted, Grown(run, run, (1,) * run, 0)))
-                generated += emitted
-        return found
-
-
-@dataclass(frozen=True)
-class Played:
-    """One iteration. `generated`: tokens of the text before it."""
-
-    prompt: int
-    generated: int
-    emitted: int
-    tree: Grown

@@ -10,25 +10,29 @@ from typing import Any
 import msgspec
 
 from classifiers import report_tables as tables
+from classifiers import report_trees as trees
 from classifiers.report_data import ReportError, Timing, read, timings
+from classifiers.simulate_trees_table import grid
 
 PAGE = "report.md"
 _MATRICES = {"auroc": "AUROC", "f1_reject": "F1 of reject", "ms_over_own": "ms per token over its own task's"}
 
 
 class ReportOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`simulate`, `evaluate`, `grid`: JSON files of these commands and of the benchmark of policies."""
+    """`simulate`, `trees` (of simulate-trees), `evaluate`, `grid`: JSON files of these commands and of the
+    benchmark of policies."""
 
     out: Path
     simulate: tuple[Path, ...] = ()
+    trees: tuple[Path, ...] = ()
     evaluate: tuple[Path, ...] = ()
     grid: tuple[Path, ...] = ()
     title: str = "Stop policies"
 
     def check(self) -> None:
         """Raises ReportError."""
-        if not (self.simulate or self.evaluate or self.grid):
-            raise ReportError("nothing to report: give --simulate, --evaluate or --grid files")
+        if not (self.simulate or self.trees or self.evaluate or self.grid):
+            raise ReportError("nothing to report: give --simulate, --trees, --evaluate or --grid files")
         if self.out.exists() and not self.out.is_dir():
             raise ReportError(f"--out {self.out} is no directory")
 
@@ -43,6 +47,7 @@ def run(options: ReportOptions) -> Path:
     simulated = [(path, read(path, ("rows", "static"))) for path in options.simulate]
     measured = [(path, read(path, ("rows",))) for path in options.grid]
     judged = [(path, read(path, ("scores",))) for path in options.evaluate]
+    grown = [(path, read(path, ("rows", "budgets", "depth"))) for path in options.trees]
     runs: list[Timing] = []
     options.out.mkdir(parents=True, exist_ok=True)
     for path, found in measured:
@@ -54,6 +59,8 @@ def run(options: ReportOptions) -> Path:
             runs.append(timing)
             page.section(timing.title, _caption(found) + _times(page, timing) + _fixed(page, timing, found))
     page.section("Simulated against measured", tables.against(runs))
+    for path, found in grown:
+        page.section(f"{path.stem}: trees", _trees(page, found))
     for path, found in judged:
         page.section(f"{path.stem}: classifiers", _classifiers(page, found))
         page.section(f"{path.stem}: inputs", tables.ablation(found.get("ablation", [])))
@@ -99,6 +106,15 @@ def _times(page: _Page, timing: Timing) -> str:
     if any(row.histogram for row in timing.rows):
         body += page.plot("lookaheads", lambda path: page.plots.lookaheads(timing, path))
     return body
+
+
+def _trees(page: _Page, found: Mapping[str, Any]) -> str:
+    panels = {title: grid(found, "all", name) for name, title in trees.FIGURES.items()}
+    middle = found["budgets"][len(found["budgets"]) // 2]
+    body = trees.caption(found)
+    body += "\n".join(trees.by_budget(found, name) for name in trees.FIGURES)
+    body += page.plot("trees by budget", lambda path: page.plots.by_budget(panels, path))
+    return body + "\n" + trees.by_task(found, middle) + "\n" + trees.shapes(found, middle)
 
 
 def _caption(found: Mapping[str, Any]) -> str:

@@ -125,6 +125,21 @@ def heatmap(rows: Seq[str], columns: Seq[str], cells: Seq[Seq[float | None]], ti
     _save(figure, path)
 
 
+def by_budget(panels: Mapping[str, tuple[Seq[int], Mapping[str, Seq[float]]]], path: Path) -> None:
+    """A panel for each figure: a line for each drafter over the budgets."""
+    figure, axes = _panels(list(panels), 3.6)
+    for each, (title, (budgets, lines)) in zip(axes, panels.items(), strict=True):
+        for at, (name, line) in enumerate(lines.items()):
+            look = {"color": "black"} if name == _ORACLE else {"color": colormaps["tab10"](at % 10)}
+            chain = name == _ORACLE or name.startswith("static") or name == "disco"
+            each.plot(budgets, line, marker=".", label=name, linestyle="--" if chain else "-", **look)
+        each.set_xscale("log", base=2)
+        each.set_xticks(budgets, [str(budget) for budget in budgets])
+        _label(each, "", "budget: nodes, or tokens of a chain", title)
+    _legend_of_all(figure, axes)
+    _save(figure, path)
+
+
 def _line(timing: Timing, policy: str) -> dict[str, Any]:
     """How a policy's line looks on every plot: a colour of its own, black and dashed for the oracle."""
     if policy == _ORACLE:

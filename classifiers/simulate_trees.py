@@ -18,13 +18,13 @@ import msgspec
 import numpy as np
 
 from classifiers.chains import Chains
-from classifiers.forest import Forest, Played
+from classifiers.forest import Forest
 from classifiers.head_metrics import interval
 from classifiers.simulate import CPU, Iterations, Player, Rules, SimulateError
 from classifiers.simulate_run import Part, _heads, _of_trace, _parts, _progress, _read, _require, _task
 from classifiers.step_costs import MOST, StepCosts
 from classifiers.train import prompt_key
-from classifiers.tree_heads import seconds
+from classifiers.tree_play import Played, TreePlayer
 from engine.speculation.load import Load
 from engine.speculation.policy import Equipment, options_of
 from engine.speculation.tree import Rule, rules, tree_options
@@ -93,7 +93,7 @@ class Sums:
         )
 
     @classmethod
-    def of_trees(cls, played: Seq[Played], costs: StepCosts, told: Mapping[str, Any]) -> Sums:
+    def of_trees(cls, played: Seq[Played], player: TreePlayer, told: Mapping[str, Any]) -> Sums:
         trees = [each.tree for each in played]
         return cls(
             np.array([each.prompt for each in played]),
@@ -101,7 +101,7 @@ class Sums:
             np.array([tree.nodes for tree in trees]),
             np.array([tree.accepted for tree in trees]),
             np.array([len(tree.passes) for tree in trees]),
-            seconds(played, costs),
+            np.array([player.seconds(each) for each in played]),
             read=sum(sum(tree.passes) for tree in trees),
             unknown=sum(tree.unknown for tree in trees),
             told=told,
@@ -162,6 +162,7 @@ def run(options: SimulateTreesOptions) -> dict[str, Any]:
         "part": options.part,
         "prompts": len(judged),
         "left_out": len(chosen) - len(judged),
+        "heads": {kind: {"weights_sha256": head.weights_sha256} for kind, head in heads.items()},
         "costs": msgspec.to_builtins(options.costs),
         "depth": options.depth,
         "budgets": list(options.budgets),
@@ -186,6 +187,7 @@ def _played(
 ) -> Any:
     """(label, budget, sums): for every budget the chains, the trees and the oracle."""
     player = Player(chains, Rules(tokens, max_sl=MOST - 1), options.costs, heads)
+    trees = TreePlayer(forest, options.costs, tokens)
     statics = []
     for sl in range(1, max(options.budgets) + 1):
         played = player.play("static", options_of("static", {"sl": sl}), judged)
@@ -199,19 +201,16 @@ def _played(
             yield DISCO, budget, Sums.of_chains(bounded.play("disco", options_of("disco", {}), judged), {})
         for label, (rule, given) in asked.items():
             told = {"max_depth": options.depth, **given, "budget": budget}
-            grown = forest.play(rule, tree_options(rule.name, told), judged, tokens)
-            yield label, budget, Sums.of_trees(grown, options.costs, {"options": told})
-        yield ORACLE, budget, Sums.of_trees(forest.longest_ways(judged, budget, tokens), options.costs, {})
+            grown = trees.play(rule, tree_options(rule.name, told), judged)
+            yield label, budget, Sums.of_trees(grown, trees, {"options": told})
+        yield ORACLE, budget, Sums.of_trees(trees.oracle(judged, budget), trees, {})
 
 
 def _asked(
     options: SimulateTreesOptions, heads: Mapping[str, Head], hidden: int
 ) -> tuple[dict[str, tuple[Rule, dict[str, Any]]], dict[str, str]]:
     """By label the rule and its options; and those that were left out, and why. Raises InvalidRequest."""
-    load = Load(CPU)
-    costs = options.costs.known()
-    load.refresh(costs.drafts["model"], costs.verify, 1)
-    equipment = Equipment(load, heads, hidden)
+    equipment = Equipment(Load(CPU), heads, hidden)
     found: dict[str, tuple[Rule, dict[str, Any]]] = {}
     skipped: dict[str, str] = {}
     for label in options.drafters or sorted(rules()):

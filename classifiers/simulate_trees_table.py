@@ -12,9 +12,9 @@ from rich.table import Column, Table
 _WIDTH = 140  # columns of the table where stdout is no terminal
 
 
-def grid(found: Mapping[str, Any], task: str, figure: str) -> tuple[list[int], dict[str, list[float]]]:
+def grid(found: Mapping[str, Any], task: str, figure: str) -> tuple[list[int], dict[str, list[Any]]]:
     """Budgets, and by drafter one figure for each."""
-    lines: dict[str, dict[int, float]] = {}
+    lines: dict[str, dict[int, Any]] = {}
     for row in found["rows"]:
         if row["task"] == task:
             lines.setdefault(row["drafter"], {})[row["budget"]] = row[figure]

@@ -87,15 +87,15 @@ def check_drain(container: Container, url: str) -> None:
     start, before = time.monotonic(), len(chunks)
     container.signal(signal.SIGTERM)
     time.sleep(0.3)
-    late = _code(f"{url}/health")
+    late = _code(f"{url}/ready")
     code = container.wait(90)
     seconds = time.monotonic() - start
     reader.join(10)
     data = [line.removeprefix("data: ") for line in chunks if line.startswith("data: ")]
     if data[-1:] != ["[DONE]"] or json.loads(data[-2])["choices"][0]["finish_reason"] != "length":
         raise Failed(f"the open stream did not end as it should: {data[-3:]}{container.words()}")
-    if late == 200:
-        raise Failed("it takes new connections though it is about to end")
+    if late != 503:
+        raise Failed(f"/ready answers {late} though it is about to end")
     if code != 0:
         raise Failed(f"after SIGTERM it ended with {code}{container.words()}")
     more = len(chunks) - before

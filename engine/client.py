@@ -22,6 +22,11 @@ class EngineClient(Protocol):
     def state(self) -> EngineState: ...
 
     @property
+    def why(self) -> str:
+        """Why it is in a state other than "ready", in one line; "" if it is ready."""
+        ...
+
+    @property
     def restarts(self) -> int:
         """Times the engine was started anew after a death."""
         ...

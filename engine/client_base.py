@@ -67,6 +67,11 @@ class ClientBase:
         return self._state
 
     @property
+    def why(self) -> str:
+        """Why it is in a state other than "ready", in one line; "" if it is ready."""
+        return self._why
+
+    @property
     def restarts(self) -> int:
         """Times the engine was started anew after a death."""
         return self._restarts

@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import zmq
 import zmq.asyncio
@@ -37,12 +38,13 @@ class Worker:
         self.socket = context.socket(zmq.PAIR)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # requests are few: sending never waits
         self.socket.bind(endpoint)
+        self._file = Path(endpoint.removeprefix("ipc://"))
         level = logging.getLogger().getEffectiveLevel()
         arguments = (endpoint, config, factory, level, log_formatter)
         self.process = multiprocessing.get_context("spawn").Process(
             target=main, args=arguments, name="disco-engine", daemon=True
         )
-        self._oom_kills = oom_kills()
+        self._oom_kills, self._reap = oom_kills(), _REAP
         with _signals_blocked():
             self.process.start()
         self.ready_at: float | None = None  # the event loop's time
@@ -71,21 +73,25 @@ class Worker:
         return not self.died.done() and self.process.is_alive()
 
     async def ended(self, grace: float) -> None:
-        """Waits for the end of the process for `grace` seconds, then kills it."""
+        """Waits for the end of the process for `grace` seconds, then kills it and waits for what that takes,
+        since one that waits for a device may not die at once."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + grace
+        deadline, killed = loop.time() + grace, False
         while self.process.is_alive():
+            if loop.time() > deadline and killed:
+                self._reap = 0.0
+                return
             if loop.time() > deadline:
                 log.error("the engine process does not end: killed")
                 self.process.kill()
-                return
+                deadline, killed = loop.time() + _REAP, True
             await asyncio.sleep(0.01)
 
     def destroy(self) -> None:
         """Ends the process, reaps it, and closes the socket."""
         asyncio.get_running_loop().remove_reader(self.process.sentinel)
         self.process.kill()
-        self.process.join(_REAP)
+        self.process.join(self._reap)
         code = self.process.exitcode
         if code is None:
             log.error("the engine process %s cannot be killed", self.process.pid)
@@ -94,6 +100,7 @@ class Worker:
             self.process.close()
         self.inbox.cancel()
         self.socket.close(linger=0)
+        self._file.unlink(missing_ok=True)  # ZeroMQ leaves it
 
     def _told(self, code: int) -> str:
         if code >= 0:

@@ -16,10 +16,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One engine process.
 
     `target`: a model reference (`engine.models.load`). `draft`: "none", "ngram", "default" (the one
-    that ships for the target), "self:N" or a model reference. `drafter`, `policy` and `policy_options` are the
-    default of requests that name none; without a `drafter` the best that there is drafts chains, and one that
-    drafts trees takes the options itself. `heads` are files of trained heads for policies; those that
-    ship for the pair are found by themselves. `policy_state` is a file for what policies learn over
+    that ships for the target), "self:N" or a model reference. `drafter`, `policy` and `policy_options` are
+    the default of requests that name none; without a `drafter` the best that there is drafts chains, and
+    one that drafts trees takes the options itself. `heads` are files of trained heads for policies; those
+    that ship for the pair are found by themselves. `policy_state` is a file for what policies learn over
     all requests; it is read at start and written now and then.
     `kv_blocks` None takes `memory_fraction` of what the models leave; `max_model_len` None is the
     target's own context. `token_budget` bounds the tokens of one target pass, so that a long

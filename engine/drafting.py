@@ -205,9 +205,13 @@ class Drafting:
         for row in rows:
             drafter, table = self._parts.drafters[row.seq.drafter], self.tables[row.seq.drafter]
             if isinstance(drafter, TreeDrafter) and isinstance(table, TreeTable):
-                if row.draft.parents is not None:
-                    drafter.settle(row.seq, row.draft, row.path)
-                table.judged(row.seq, row.draft, row.path)
+                try:
+                    if row.draft.parents is not None:
+                        drafter.settle(row.seq, row.draft, row.path)
+                    table.judged(row.seq, row.draft, row.path)
+                except Exception as error:
+                    sure = 0 if row.seq.table is None else row.seq.table.draft_tokens
+                    self._fell(row.seq.drafter, error, [row.seq], [sure])
 
     def read(self, prompts: list[tuple[Drafter, list[tuple[Sequence, int]]]]) -> None:
         """Queues the reading of `prompts_to_read`."""
@@ -247,8 +251,8 @@ class Drafting:
     def teach_ahead(self, rows: list[PlanRow], answer: Tensor) -> bool:
         """Tells the policies of verdicts that only the device knows yet.
 
-        answer int32[>= 3, >= rows]: tokens that stand, the next token, whether the row is sound. False if that
-        could not be: `teach` must be called.
+        answer int32[>= 3, >= rows]: tokens that stand, the next token, whether the row is sound. False if
+        that could not be: `teach` must be called.
         """
         learning = [(name, table, self._learning(name, rows)) for name, table in self.tables.items()]
         learning = [each for each in learning if each[2]]
@@ -310,4 +314,6 @@ class Drafting:
 
 def mix(seqs: Seq[Sequence]) -> frozenset[str]:
     """Who stops the drafts of these rows."""
-    return frozenset(seq.drafter if seq.drafter == "none" or seq.drafter in rules() else seq.policy for seq in seqs)
+    return frozenset(
+        seq.drafter if seq.drafter == "none" or seq.drafter in rules() else seq.policy for seq in seqs
+    )

@@ -44,7 +44,7 @@ class Flight:
     taught: bool = False  # policies have been told of it
     read: list[int] = field(default_factory=list)  # by row: what the draft had read of it when it began
     error: Exception | None = None  # what ended its begin
-    rescued: bool = False  # it runs again, without drafts
+    rescued: bool = False  # it runs again, in parts
 
     @property
     def draft_seconds(self) -> float:

@@ -1,10 +1,12 @@
 """Work within a step whose time has no bound: compiling kernels, capturing graphs.
 
-Whoever watches how long steps take is told when it begins and ends.
+Whoever watches how long steps take is told when it begins and ends. No garbage is collected meanwhile: what
+holds a graph or memory of the device must not be freed while another graph is being captured.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,15 +17,19 @@ _tell: ContextVar[Callable[[bool], None] | None] = ContextVar("long_work", defau
 @contextmanager
 def long_work() -> Iterator[None]:
     """Around such work, on the engine's thread. Also a decorator."""
-    tell = _tell.get()
-    if tell is None:
-        yield
-        return
+    tell, collects = _tell.get() or _nobody, gc.isenabled()
     tell(True)
+    gc.disable()
     try:
         yield
     finally:
+        if collects:
+            gc.enable()
         tell(False)
+
+
+def _nobody(begins: bool) -> None:
+    return None
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from engine.models.runner import Runner
 from engine.speculation.heads import Head, HeadError, builtin_heads, load_head
 from engine.speculation.policy import options_of, policies
 from engine.speculation.tree import rules, tree_options
-from engine.speculation.tree import rules
 from engine.types import CannotLoad, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def named_heads(config: EngineConfig) -> dict[str, Head]:
             raise ConfigError(f"head {path!r}: draft {config.draft!r} is no model to be judged")
         head = load_head(Path(path))
         if head.kind not in policies() and head.kind not in rules():
-            raise ConfigError(f"head {path!r}: no policy or tree reads a head of kind {head.kind!r}")
+            raise ConfigError(f"head {path!r}: no policy reads a head of kind {head.kind!r}, nor a tree")
         if other := next((each for each, known in named.items() if known.kind == head.kind), None):
             raise ConfigError(f"heads {other!r} and {path!r} are both of kind {head.kind!r}: name one")
         named[path] = head

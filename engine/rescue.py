@@ -1,8 +1,11 @@
-"""Memory ran out in a step: its rows run again, without drafts and in ever smaller parts; others go on."""
+"""Memory ran out in a step: its rows run again in ever smaller parts, at last without drafts.
+
+Drafts are kept as long as they can: how long one is depends on what was sampled, so that to drop long ones
+would bias what rejection sampling gives.
+"""
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -35,12 +38,14 @@ class Rescue:
         for row, read in zip(flight.rows, flight.read, strict=True):  # what came later may not be written
             row.seq.draft_kv_len = min(read, row.seq.draft_kv_len)
         rows = [row for row in flight.rows if row.seq.status == "running"]
+        if not rows:  # all were aborted meanwhile
+            return []
         self._tell(len(rows))
         flight.rescued, flight.drafts = True, []
         done: list[PlanRow] = []
         parts = _smaller(rows) or [rows]
         while parts:
-            part = [PlanRow(row.seq, row.tokens, decodes=row.decodes) for row in parts.pop(0)]
+            part = [_anew(row) for row in parts.pop(0)]
             if self._fits(part, flight):
                 done += part
             elif smaller := _smaller(part):
@@ -52,7 +57,8 @@ class Rescue:
 
     def _fits(self, rows: list[PlanRow], flight: Flight) -> bool:
         flight.logits = flight.verdict = None
-        _free()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         try:
             self._run(rows, flight)
         except Exception as error:
@@ -68,16 +74,19 @@ class Rescue:
                         "Lower memory_fraction, max_num_seqs or token_budget", rows)  # fmt: skip
 
 
+def _anew(row: PlanRow) -> PlanRow:
+    again = PlanRow(row.seq, row.tokens, decodes=row.decodes)
+    if row.draft.parents is None:  # a tree may have been moved about
+        again.draft = row.draft
+    return again
+
+
 def _smaller(rows: list[PlanRow]) -> list[list[PlanRow]]:
-    """Two halves; of one row, its first half. Nothing if it cannot be less."""
+    """Two halves; of one row, it without its draft, then its first half. Nothing if it cannot be less."""
     if len(rows) > 1:
         middle = len(rows) // 2
         return [rows[:middle], rows[middle:]]
     (row,) = rows
+    if row.draft.tokens:
+        return [[PlanRow(row.seq, row.tokens, decodes=row.decodes)]]
     return [[PlanRow(row.seq, row.tokens // 2)]] if row.tokens > 1 else []
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -42,8 +42,8 @@ def scaled_logits(
     Greedy rows keep their adjusted logits unscaled and unfiltered: only their argmax matters. Where a
     request's masks leave nothing, there is no law: nobody asks for it when verifying, and the masks are
     left out; all is -inf when `drafting`, so that no draft goes on there.
-    Without `masks` only min_tokens' is applied: a draft may propose what it likes. `heat`: temperatures, above
-    0, to use in place of the requests' own; filters are still those of the requests that sample.
+    Without `masks` only min_tokens' is applied: a draft may propose what it likes. `heat`: temperatures,
+    above 0, to use in place of the requests' own; filters are still those of the requests that sample.
     `logits` [M, V] is not changed. The result is float32, or float64 for float64 logits.
     """
     out = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -84,9 +84,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
     """Who proposes and who stops, for one request. None means the server's default.
 
-    `drafter`: "model", "ngram", "none", or the name of a rule for trees, which takes the `options` itself and
-    no policy. `policy` and its `options`: see `engine.speculation`. `max_sl` bounds the speculation lookahead,
-    a tree's depth, whatever the policy says.
+    `drafter`: "model", "ngram", "none", or a rule for trees, which takes the `options` itself and no policy.
+    `policy` and its `options`: see `engine.speculation`. `max_sl` bounds the speculation lookahead, a tree's
+    depth, whatever the policy says.
     """
 
     drafter: str | None = None
@@ -123,10 +123,10 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     `token_ids` may be empty (a last event after an abort or an error). `iterations` is 0 for
     the pass of the target that gives the first token, which is prefill, and 1 for every later one, so that
-    sums over events are the request's speculation statistics. `drafted` counts all nodes of a tree, `lookahead`
-    those of its longest way; of a chain both are its tokens. `accepted` counts emitted draft tokens only;
-    `bonus` tells that nothing had been drafted behind them, where the target's own token came. Seconds are
-    this request's share of the step (the whole step's wall time: rows run together).
+    sums over events are the request's speculation statistics. `drafted` counts all nodes of a tree,
+    `lookahead` those of its longest way; of a chain both are its tokens. `accepted` counts emitted draft
+    tokens only; `bonus` tells that nothing had been drafted behind them, where the target's own token came.
+    Seconds are this request's share of the step (the whole step's wall time: rows run together).
     """
 
     id: str

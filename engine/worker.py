@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
@@ -106,13 +107,10 @@ def serve(load: Callable[[], EngineCore], channel: Channel) -> bool:
         channel.send(LoadFailed(str(error)))
         return False
     except Exception as error:
-        from engine.memory_faults import advice, is_out_of_memory  # imports torch, as an engine has
-
-        if is_out_of_memory(error):
-            channel.send(LoadFailed(advice(error)))
-        else:
+        advice = _advice(error)
+        if advice is None:
             log.exception("the engine could not be loaded")
-            channel.send(LoadFailed(describe(error)))
+        channel.send(LoadFailed(advice or describe(error)))
         return False
     channel.send(Ready(info))
     loop = _Loop(engine, channel)
@@ -131,6 +129,15 @@ def serve(load: Callable[[], EngineCore], channel: Channel) -> bool:
     finally:
         loop.reading.close()
     return True
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about it, if it is memory that ran out."""
+    if "torch" not in sys.modules:  # nothing large was loaded
+        return None
+    from engine.memory_faults import advice, is_out_of_memory
+
+    return advice(error) if is_out_of_memory(error) else None
 
 
 class _Loop:

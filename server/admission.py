@@ -33,7 +33,6 @@ class Ticket:
 
     admission: Admission | None = None
     share: Share | None = None
-    generates: bool = False
     due: float | None = None
     reserved: bool = False  # a place in the queue, until its sequences are known
     ids: list[str] = field(default_factory=list)  # of its sequences
@@ -45,7 +44,11 @@ class Ticket:
             return list(requests)
         self.admission.queue_up(self, requests)
         tenant = self.share.name or ""
-        return [msgspec.structs.replace(request, tenant=tenant) for request in requests]
+        salt = f"{tenant}\0" if self.admission.apart else ""  # no key's name has a zero in it
+        return [
+            msgspec.structs.replace(request, tenant=tenant, cache_salt=salt + request.cache_salt)
+            for request in requests
+        ]
 
     @property
     def seconds_left(self) -> float | None:
@@ -81,12 +84,21 @@ class Admission:
     """
 
     def __init__(
-        self, places: int, *, requests: int, tokens: int, limits: Limits, metrics: AdmissionMetrics
+        self,
+        places: int,
+        *,
+        requests: int,
+        tokens: int,
+        limits: Limits,
+        metrics: AdmissionMetrics,
+        apart: bool = False,
     ) -> None:
         """`places`: sequences that the engine runs at once. `requests`, `tokens`: sequences, and tokens of
-        their prompts, that may wait beside them. `limits`: of each key."""
+        their prompts, that may wait beside them. `limits`: of each key. `apart`: keys share no cached
+        prefixes."""
         self.metrics = metrics
         self.draining = False
+        self.apart = apart
         self._places, self._most, self._most_tokens = places, requests, tokens
         self._limits = limits
         self._shares: dict[str | None, Share] = {}
@@ -113,16 +125,15 @@ class Admission:
         share = self._shares.get(key)
         if share is None:
             share = self._shares[key] = Share(key, self._limits)
+        if self.draining:
+            raise self._counted(shutting_down())
+        if generates and not self._room(share, 1):
+            raise self._full("queue_requests", f"{self.queued} requests wait already")
         try:
-            if self.draining:
-                raise shutting_down()
-            if generates and not self._room(share, 1):
-                raise self._full("queue_requests", f"{self.queued} requests wait already")
             share.enter()
         except ApiError as error:
-            self.metrics.refused.labels(error.reason or "draining").inc()
-            raise
-        ticket = Ticket(self, share, generates, reserved=generates)
+            raise self._counted(error) from None
+        ticket = Ticket(self, share, reserved=generates)
         self._reserved += generates
         share.waiting += generates
         self._tickets.add(ticket)
@@ -136,16 +147,12 @@ class Admission:
         assert ticket.share is not None
         self._give_back(ticket)
         tokens = sum(len(request.prompt_ids) for request in requests)
-        try:
-            if self._reserved + len(self._waiting) and not self._room(ticket.share, len(requests)):
-                what = f"{len(requests)} sequences find no place: {self.queued} wait already"
-                raise self._full("queue_requests", what)
-            if self._waiting and not self._room_for_tokens(ticket.share, tokens):
-                what = f"prompts of {tokens} tokens find no place: {self._tokens} tokens wait already"
-                raise self._full("queue_tokens", what)
-        except ApiError as error:
-            self.metrics.refused.labels(error.reason).inc()
-            raise
+        if self._reserved + len(self._waiting) and not self._room(ticket.share, len(requests)):
+            what = f"{len(requests)} sequences find no place: {self.queued} wait already"
+            raise self._full("queue_requests", what)
+        if self._waiting and not self._room_for_tokens(ticket.share, tokens):
+            what = f"prompts of {tokens} tokens find no place: {self._tokens} tokens wait already"
+            raise self._full("queue_tokens", what)
         for request in requests:
             ticket.ids.append(request.id)
             self._waiting[request.id] = len(request.prompt_ids)
@@ -181,7 +188,7 @@ class Admission:
 
     def stop_all(self) -> None:
         """Ends all answers that are being generated, each with an error that says why."""
-        for ticket in self._tickets:
+        for ticket in list(self._tickets):
             for stop in list(ticket.stops):
                 stop(shutting_down("the answer did not end in time"))
 
@@ -215,7 +222,11 @@ class Admission:
         ticket.reserved = False
 
     def _full(self, reason: str, message: str) -> ApiError:
-        return too_many(f"the server is full: {message}", reason, "queue_full", self._wait())
+        return self._counted(too_many(f"the server is full: {message}", reason, "queue_full", self._wait()))
+
+    def _counted(self, error: ApiError) -> ApiError:
+        self.metrics.refused.labels(error.reason).inc()
+        return error
 
     def _wait(self) -> float:
         """Seconds in which the queue should have moved on by one that comes now, by how it moved lately."""

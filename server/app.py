@@ -126,6 +126,7 @@ def _admission(settings: Settings, metrics: Metrics) -> Admission:
             settings.key_concurrency, settings.key_requests_per_minute, settings.key_tokens_per_minute
         ),
         metrics=metrics.admission,
+        apart=settings.prefix_cache_by_key,
     )
 
 

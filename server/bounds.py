@@ -6,5 +6,7 @@ MAX_N = 128
 """The most choices for each prompt; OpenAI's."""
 MAX_SEQUENCES = 2048
 """The most sequences that one request may ask for: prompts times choices."""
+MAX_STOP_TOKENS = 1024
+"""The most `stop_token_ids`: they are looked through for every token."""
 MAX_TIMEOUT = 7 * 24 * 3600.0
 """The most seconds that a request may give itself."""

@@ -69,6 +69,7 @@ _SERVER_FLAGS = (
     "served_model_name",
     "max_num_seqs",
     "prefix_cache",
+    "prefix_cache_by_key",
     "cors_origin",
     "docs",
     "page",

@@ -23,6 +23,7 @@ from server.context import Context
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LEAVE_SECONDS = 1.0  # of the late ones' time, for answers to end whose clients do not read
 
 
 class Process(Protocol):
@@ -48,7 +49,7 @@ class Server(http1.Server):
         super().__init__(app, 0.0, late=engine.close, tls=tls)
         context: Context = app.state.context
         self._door, self._engine, self._grace = context.door, engine, shutdown_seconds
-        self._asked = self._told = False
+        self._asked = self._told = self._left = False
         self._until: float | None = None  # the end of the grace, by `time.monotonic`, once it drains
         self.exit_code = 0
 
@@ -90,7 +91,11 @@ class Server(http1.Server):
             self._told = True
             log.warning("%d requests did not end in time: they are told so", len(self.server_state.tasks))
             self._door.stop_all()
-        return not self.server_state.tasks or now >= self._until + http1.LATE_SECONDS
+        late = now - self._until
+        if late >= http1.LATE_SECONDS - _LEAVE_SECONDS and not self._left:
+            self._left = True
+            self._leave()
+        return not self.server_state.tasks or late >= http1.LATE_SECONDS
 
     def _begin(self) -> None:
         self._door.draining = True
@@ -101,6 +106,12 @@ class Server(http1.Server):
             cycle = connection.cycle
             if cycle is not None and not cycle.response_complete:
                 connection.shutdown()  # after this answer; a request that has not come whole is refused
+
+    def _leave(self) -> None:
+        """Those that were told and do not read it: without their connections, their answers end."""
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, H11Protocol)
+            connection.transport.abort()
 
     def _end_engine(self) -> None:
         """Closed first, so that its death is none to recover from."""

@@ -62,6 +62,7 @@ def shutting_down(why: str = "it takes no more requests") -> ApiError:
     """503 with Retry-After: the server ends, others may be there. The connection is not used again."""
     error = unavailable(f"the server is shutting down: {why}")
     error.headers["Connection"] = "close"
+    error.reason = "draining"
     return error
 
 

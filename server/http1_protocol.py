@@ -108,8 +108,9 @@ class Protocol(H11Protocol):
         """Sends what changes nothing for a client that listens; one that is gone answers it with a reset."""
         if self.transport.is_closing():
             return
+        probe: h11.Event
         if self.cycle.response_started:
-            probe = h11.Data(data=b":\n\n") if self.conn.tells_events else h11.Data(data=b"")
+            probe = h11.Data(data=b":\n\n" if self.conn.tells_events else b"")
         else:
             probe = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
         self.transport.write(self.conn.send(probe))

@@ -48,7 +48,11 @@ class Speculation:
         self.accepted = counter("accepted_tokens_total", "Draft tokens that were accepted and emitted")
         self.emitted = counter("emitted_tokens_total", "Tokens of decode passes")
         self.lookahead = Histogram(
-            "disco_lookahead", "Draft tokens of one iteration, on the longest way", _BY, registry=registry, buckets=_LOOKAHEAD
+            "disco_lookahead",
+            "Draft tokens of one iteration, on the longest way",
+            _BY,
+            registry=registry,
+            buckets=_LOOKAHEAD,
         )
         self.position_drafted = counter("position_drafted_total", "Drafts as long as a position", "position")
         self.position_accepted = counter(

@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     drafter: str | None = Field(
         None,
         min_length=1,
-        description="who drafts for requests that name nobody: model, ngram, none, or trees (dyspec, opt_tree, "
-        "c2t); default: a chain of the best that there is",
+        description="who drafts for requests that name nobody: model, ngram, none, or trees (dyspec, "
+        "opt_tree, c2t, goodput_tree); default: a chain of the best that there is",
     )
     policy: str = Field("goodput", description="stop policy of requests that name none; trees need none")
     policy_options: dict[str, Any] = Field(
@@ -170,6 +170,9 @@ class Settings(BaseSettings):
     max_sl: int = Field(16, ge=0, description="largest speculation lookahead, in tokens")
     token_budget: int | None = Field(None, ge=1, description="tokens of one target pass")
     prefix_cache: bool = Field(True, description="reuse the KV of shared prompt prefixes")
+    prefix_cache_by_key: bool = Field(
+        False, description="share them among requests of keys of one name only, not among all"
+    )
     runner: RunnerKind = Field(
         "auto", description="auto: fused on a GPU for the Llama family, reference elsewhere"
     )

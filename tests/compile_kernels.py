@@ -125,7 +125,9 @@ def attending() -> None:
         qkv = torch.zeros(tokens, 28 + 8, 128, dtype=BF16)
         pool = torch.zeros(512, 4, 128, dtype=BF16)
         places = Places(ints(4), ints(4), ints(4), ints(4, 9), longest)
-        trees = replace(places, positions=ints(tokens), trunks=ints(4), sees=ints(tokens), masks=longs(tokens))
+        trees = replace(
+            places, positions=ints(tokens), trunks=ints(4), sees=ints(tokens), masks=longs(tokens)
+        )
         for each in (places, trees):
             attend(
                 qkv, pool, pool.clone(), each, heads=28, scaling=0.1, window=None, block_size=16,

@@ -34,6 +34,7 @@ class Outcome:
     told: Told = field(default_factory=Told)  # of those that were not to be refused
     asked: list[Question] = field(default_factory=list)
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)  # by route and status
+    unsure: Counter[str] = field(default_factory=Counter)  # left while they were sent: by route
     kinds: Counter[str] = field(default_factory=Counter)
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
     compared: Counter[str] = field(default_factory=Counter)  # by kind
@@ -95,6 +96,8 @@ class Load:
             return None
         if reply.status or reply.sent:
             outcome.answers[ask.path, str(reply.status or GONE)] += 1
+        else:
+            outcome.unsure[ask.path] += 1
         if not reply.left:
             outcome.seconds.append(time.monotonic() - began)
         self._judge(question, reply, outcome)

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from statistics import fmean
 
 import psutil
 from scipy.stats import linregress
@@ -16,7 +15,7 @@ _MIB = 2.0**20
 
 @dataclass(frozen=True)
 class Slope:
-    """MiB an hour by least squares over means of `window` seconds, and its standard error."""
+    """MiB an hour by least squares, and its standard error."""
 
     per_hour: float
     error: float
@@ -78,17 +77,20 @@ class Watch:
             self.resident["all"].append((now, sum(resident.values())))
             await asyncio.sleep(every)
 
-    def means(self, role: str, since: float, until: float, window: float) -> list[tuple[float, float]]:
-        """Over every `window` seconds in between: seconds after `since`, MiB."""
-        by_window: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    def floors(self, role: str, since: float, until: float, window: float) -> list[tuple[float, float]]:
+        """The least of every `window` seconds in between: seconds after `since`, MiB.
+
+        Tensors of a step come and go by hundreds of MiB; what is never given back lifts the least.
+        """
+        by_window: dict[int, list[float]] = defaultdict(list)
         for at, size in self.resident[role]:
             if since <= at < until:
-                by_window[int((at - since) // window)].append((at - since, size))
-        return [(fmean(at for at, _ in one), fmean(size for _, size in one)) for one in by_window.values()]
+                by_window[int((at - since) // window)].append(size)
+        return [((number + 0.5) * window, min(sizes)) for number, sizes in sorted(by_window.items())]
 
 
 def slope(points: list[tuple[float, float]]) -> Slope:
-    """Of (seconds, MiB). Means of a minute or so, for the error takes them as independent."""
+    """Of (seconds, MiB). One a minute or so, for the error takes them as independent."""
     if len(points) < 3:
         raise ValueError(f"{len(points)} points say nothing of a slope")
     if len({size for _, size in points}) == 1:  # it has no correlation, and so no error

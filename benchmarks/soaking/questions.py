@@ -32,7 +32,8 @@ ENDLESS = "[a-z ,]*"  # an answer that never ends by itself
 class Sizes:
     """Tokens of an answer at most, of one that is left; words of short and long prompts at most.
 
-    `filling`: tokens of the prompts that fill the KV pool.
+    `filling`: tokens of the prompts that fill the KV pool. `patience`: seconds until a whole answer is left,
+    at most.
     """
 
     tokens: int = 48
@@ -40,6 +41,7 @@ class Sizes:
     words: int = 24
     long_words: int = 300
     filling: int = 1000
+    patience: float = 3
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,16 @@ class Question:
     pair: tuple[str, str] | None = None  # drafter and policy that it names
 
 
-def pairs_of(policies: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every drafter with every policy that may govern it, as GET /v1/policies says."""
-    pairs = [("none", "none")] if "none" in policies["drafters"] else []
-    for drafter in policies["drafters"]:
-        if drafter != "none":
-            governed = [p["name"] for p in policies["policies"] if drafter not in p["unavailable"]]
-            pairs += [(drafter, policy) for policy in governed]
+def pairs_of(page: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every drafter with every policy that may govern it, as GET /v1/policies says.
+
+    "none" beside one that no policy governs: without a draft, and of trees.
+    """
+    ungoverned = {"none", *(tree["name"] for tree in page.get("trees", ()))}
+    pairs = []
+    for drafter in page["drafters"]:
+        governed = [p["name"] for p in page["policies"] if drafter not in p["unavailable"]]
+        pairs += [(drafter, policy) for policy in (["none"] if drafter in ungoverned else governed)]
     return pairs
 
 
@@ -74,6 +79,7 @@ class Questions:
         self._pairs = cycle(pairs)
         self.catalogue = [self._seeded(place) for place in range(catalogue)]
         self._known = cycle(self.catalogue)
+        self._deck: list[Callable[[], Question]] = []  # of the next ones
 
     def _seeded(self, place: int) -> Question:
         kind = list(KINDS)[place % len(KINDS)]
@@ -96,12 +102,13 @@ class Questions:
 
     def mixed(self) -> Question:
         """Any: known ones for the most part, some that will be left, a few that are refused."""
-        chance = self._source.random()
-        if chance < 0.6:
-            return self.again(next(self._known))
-        if chance < 0.75:
-            return self.fresh()
-        return self.left() if chance < 0.95 else self.refused()
+        if not self._deck:
+            self._deck = [self._known_again] * 12 + [self.fresh] * 3 + [self.left] * 4 + [self.refused]
+            self._source.shuffle(self._deck)
+        return self._deck.pop()()
+
+    def _known_again(self) -> Question:
+        return self.again(next(self._known))
 
     def again(self, question: Question) -> Question:
         """One of the catalogue, which must get the same answer, with the next drafter and policy."""
@@ -131,7 +138,11 @@ class Questions:
         if path != "/v1/responses":
             body["n"] = source.choice((1, 1, 2))
         body = self._streamed(body)
-        after = source.choice((0, 1, 2, 5, 12, 30)) if "stream" in body else source.uniform(0.05, 3)
+        after = (
+            source.choice((0, 1, 2, 5, 12, 30))
+            if "stream" in body
+            else source.uniform(0.05, self._sizes.patience)
+        )
         return Question("left", self._named(Ask(path, body, leave_after=after), body), pair=pair)
 
     def refused(self) -> Question:
@@ -148,10 +159,11 @@ class Questions:
 
     def _speculation(self, pair: tuple[str, str]) -> Body:
         drafter, policy = pair
-        if drafter == "none":
-            return {"drafter": "none"}
+        speculation: Body = {"drafter": drafter}
+        if policy != "none":
+            speculation["policy"] = policy
         bound = self._source.choice((None, None, 1, 3, 8))
-        return {"drafter": drafter, "policy": policy} | ({} if bound is None else {"max_sl": bound})
+        return speculation | ({} if drafter == "none" or bound is None else {"max_sl": bound})
 
     def _streamed(self, body: Body) -> Body:
         if "best_of" in body or self._source.random() < 0.5:

@@ -8,7 +8,7 @@ from typing import Any
 
 from suites.compared import Line, Samples, lines, total
 
-from soaking.load import Outcome
+from soaking.load import GONE, Outcome
 from soaking.processes import Slope, Standing
 from soaking.questions import KINDS, Question
 
@@ -35,10 +35,9 @@ def books(outcome: Outcome, counted: Samples, exact: bool) -> list[Line]:
     name = "disco_http_requests_total"
     seen = {key[1:] for key, value in counted.items() if key[0] == name and key[1] in ROUTES and value}
     for route, status in sorted(seen | set(outcome.answers)):
-        line = Line(
-            f"{route} {status}", outcome.answers[route, status], counted.get((name, route, status), 0)
-        )
-        found.append(line)
+        metrics, least = counted.get((name, route, status), 0), outcome.answers[route, status]
+        most = least + (outcome.unsure[route] if status == str(GONE) else 0)
+        found.append(Line(f"{route} {status}", min(max(metrics, least), most), metrics))
     return [*found, Line("engine restarts", 0, total(counted, "disco_engine_restarts_total"))]
 
 

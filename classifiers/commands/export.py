@@ -14,7 +14,8 @@ def command(
     head: Annotated[Path, typer.Option(help="A trained head.")],
     out: Annotated[Path, typer.Option(help="Directory for KIND.json and KIND.safetensors.")],
     scores: Annotated[
-        Path | None, typer.Option(help="The JSON of `classifier evaluate` on this head: its scores go along.")
+        Path | None,
+        typer.Option(help="The JSON of `evaluate`, or for c2t of `simulate-trees`: its scores go along."),
     ] = None,
     trace: Annotated[
         list[Path] | None, typer.Option(help="Tune threshold and cap anew on this trace. Repeatable.")

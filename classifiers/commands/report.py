@@ -13,6 +13,9 @@ def command(
     simulate: Annotated[
         list[Path] | None, typer.Option(help="JSON of `classifier simulate`. Repeatable.")
     ] = None,
+    trees: Annotated[
+        list[Path] | None, typer.Option(help="JSON of `classifier simulate-trees`. Repeatable.")
+    ] = None,
     evaluate: Annotated[
         list[Path] | None, typer.Option(help="JSON of `classifier evaluate`. Repeatable.")
     ] = None,
@@ -24,5 +27,6 @@ def command(
     """Put figures on one page, with plots: time per token, lookaheads, acceptance, calibration, transfer."""
     from classifiers.report import ReportOptions, run
 
-    given = {"simulate": tuple(simulate or ()), "evaluate": tuple(evaluate or ()), "grid": tuple(grid or ())}
+    files = {"simulate": simulate, "trees": trees, "evaluate": evaluate, "grid": grid}
+    given = {name: tuple(paths or ()) for name, paths in files.items()}
     print(run(ReportOptions(out=out, title=title, **given)))

@@ -43,9 +43,21 @@ class KVPool:
         self.blocks, self.block_size = blocks, block_size
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._parts: list[Tensor] = []  # [any, slots, heads, dim]: all of them, in as few tensors as can be
+        first = next(iter(shapes.values()))
+        if device.type != "cpu" and {*shapes.values()} == {
+            LayerShape(first.heads, first.key_dim, first.key_dim)
+        }:
+            whole = torch.zeros(
+                2 * len(shapes), slots, first.heads, first.key_dim, dtype=dtype, device=device
+            )
+            self._parts = [whole]
+            self.keys, self.values = (dict(zip(shapes, half, strict=True)) for half in whole.chunk(2))
+            return
         for layer, shape in shapes.items():
             self.keys[layer] = _zeros((slots, shape.heads, shape.key_dim), dtype, device)
             self.values[layer] = _zeros((slots, shape.heads, shape.value_dim), dtype, device)
+            self._parts += [self.keys[layer][None], self.values[layer][None]]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """keys [N, heads, key_dim], values [N, heads, value_dim] to slots int64[N]."""
@@ -53,11 +65,10 @@ class KVPool:
         self.values[layer].index_copy_(0, slots, values)
 
     def move(self, pairs: Seq[tuple[int, int]]) -> None:
-        """Copies slots (from, to) in every layer: all are read before any is written, since they may overlap."""
-        device = next(iter(self.keys.values())).device
-        at, to = torch.tensor(pairs, dtype=torch.int64).to(device).unbind(1)
-        for pool in (*self.keys.values(), *self.values.values()):
-            pool.index_copy_(0, to, pool.index_select(0, at))
+        """Copies slots (from, to) in every layer, which may overlap: all are read before any is written."""
+        at, to = torch.tensor(pairs, dtype=torch.int64).to(self._parts[0].device).unbind(1)
+        for part in self._parts:
+            part.index_copy_(1, to, part.index_select(1, at))
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -115,26 +115,26 @@ class PassGraphs:
         Passes of up to `beyond` tokens need none. A graph captured later is captured while requests wait.
         """
         self._longest = bucket(min(longest, _LONGEST[-1]), _LONGEST)
-        for size in map(_Key._make, (*self._steps(rows, longest), *self._prompts(rows))):
+        for size in (*self._steps(rows, longest), *self._prompts(rows)):
             if torch.cuda.mem_get_info(self._device)[0] < SPARE:
                 log.warning("little memory is left: graphs are captured when they are first needed")
                 return
             if size.tokens > beyond:
                 self._found(size)
 
-    def _steps(self, rows: int, longest: int) -> Iterator[tuple[int, int, int]]:
+    def _steps(self, rows: int, longest: int) -> Iterator[_Key]:
         least = 0
         for most in _LONGEST:
             likely = min(most, longest)
             for size in (size for size in _ROWS if size < 2 * rows and least < longest):
                 for tokens in _TOKENS:
                     if size + least <= tokens <= max(bucket(min(size * likely, _TOKENS[-1]), _TOKENS), 16):
-                        yield size, tokens, most
+                        yield _Key(size, tokens, most)
             least = most
 
-    def _prompts(self, rows: int) -> Iterator[tuple[int, int, int]]:
+    def _prompts(self, rows: int) -> Iterator[_Key]:
         most = bucket(min(rows, _PROMPT_ROWS[-1]), _PROMPT_ROWS)
-        return ((size, n, _TOKENS[-1]) for size in _PROMPT_ROWS if size <= most for n in _PROMPT_TOKENS)
+        return (_Key(size, n, _TOKENS[-1]) for size in _PROMPT_ROWS if size <= most for n in _PROMPT_TOKENS)
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """Logits (None with prompts) and the head's input of the tokens, valid until the next pass."""
@@ -191,9 +191,7 @@ class PassGraphs:
         return _Captured(graph, words, host, torch.cuda.Event())
 
     def _run(self, inputs: dict[str, Tensor], key: _Key) -> dict[str, Tensor]:
-        places = Places(
-            inputs["starts"], inputs["begins"], inputs["lengths"], inputs["tables"], key.longest
-        )
+        places = Places(inputs["starts"], inputs["begins"], inputs["lengths"], inputs["tables"], key.longest)
         if key.branched:
             places.positions, places.trunks = inputs["positions"], inputs["trunks"]
             places.sees, places.masks = inputs["sees"], inputs["masks"]

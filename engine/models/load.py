@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -47,7 +48,10 @@ __all__ = [
 ]
 
 # What from_pretrained raises for files that are missing, of another kind, or in need of a package.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, NotImplementedError, RuntimeError, TypeError)
+_LOAD_ERRORS = (
+    *(OSError, ValueError, KeyError, ImportError, NotImplementedError, RuntimeError, TypeError),
+    SafetensorError,
+)
 # Encoded by both tokenizers: merges, digits, spaces and other scripts show a different behaviour.
 _PROBE = "The quick  brown fox's 12345 jumps!\n\tdef f(x): return x**2  # naïve café — 你好, привет 🙂"
 

@@ -25,7 +25,7 @@ class Branches:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of one row. `start`: the KV length before; without `branches` the first position too."""
+    """The next tokens of one row. `start`: the KV length before, and a chain's first position."""
 
     tokens: Seq[int]
     start: int

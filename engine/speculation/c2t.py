@@ -2,7 +2,7 @@
 
 It judges a candidate by how sure the draft is there, by the whole way to it (the joint probability, which
 counts most) and by how deep it lies: the chance that the target goes this way. Unlike the paper's, its
-probability is calibrated, so that `threshold` is one; and it reads what DISCO reads, too.
+probability is calibrated, so that thresholds are chances; and it reads what DISCO reads, too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import torch
@@ -29,8 +29,9 @@ class C2TOptions(TreeOptions, frozen=True):
 
     threshold: Annotated[
         Share | None,
-        msgspec.Meta(description="the least chance of a candidate that is taken; null: the head's own"),
+        msgspec.Meta(description="the least chance of a node that is drafted on from; null: the head's own"),
     ] = None
+    leaf: Annotated[Share, msgspec.Meta(description="the least chance of a node that is taken at all")] = 0.02
     width: Annotated[
         int, msgspec.Meta(ge=1, le=MOST_CHILDREN, description="followers of a node that are looked at")
     ] = 8
@@ -97,14 +98,16 @@ class _C2T(Growth):
         chances = self._chances(some, depth)
         least = self.options.threshold
         least = self.head.options.threshold if least is None else least
-        ways = sorted((i for i, chance in enumerate(chances) if chance >= least), key=lambda i: -chances[i])
+        leaf = min(self.options.leaf, least)
+        ways = sorted((i for i, chance in enumerate(chances) if chance >= leaf), key=lambda i: -chances[i])
         new = []
         for i in ways[: self.most]:
             new.append(self.add(some.token[i], some.parent[i], chances[i]))
             self.joint[new[-1]] = some.joint[i]
         more = depth < min(self.deepest, self.head.options.max_sl)
         # What the draft reads of the tree must fit where the tree's KV is.
-        self.layer = new[: self.most - self.drafted] if more else []
+        likely = [node for node in new if self.value[node] >= least]
+        self.layer = likely[: self.most - self.drafted] if more else []
 
     def _chances(self, some: Candidates, depth: int) -> list[float]:
         """Of each candidate: no child's is above its parent's."""
@@ -123,6 +126,7 @@ class _C2T(Growth):
 
 @rule("c2t")
 class C2T(Rule):
+    name: ClassVar[str]
     Options, draws, reads = C2TOptions, False, True
 
     def __init__(self, head: Head | None = None) -> None:

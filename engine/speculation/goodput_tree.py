@@ -36,8 +36,8 @@ _LONGEST_REST = 32  # iterations without a tree before one is tried again
 
 
 class Chances:
-    """P(the target goes through a node) by the product of the draft's probabilities, a curve for each class of
-    temperature. `seen`, `good` float32[CLASSES, KNOTS]: nodes counted, and those that stood.
+    """P(the target goes through a node) by the product of the draft's probabilities, a curve for each class
+    of temperature. `seen`, `good` float32[CLASSES, KNOTS]: nodes counted, and those that stood.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,9 @@ class GoodputGrowth(Growth):
         return self.layer
 
     def grow(self, found: Mapping[int, Followers]) -> None:
-        places = [_Place(self.products[node] if node >= 0 else 1.0, node, each) for node, each in found.items()]
+        places = [
+            _Place(self.products[node] if node >= 0 else 1.0, node, each) for node, each in found.items()
+        ]
         heap = [(-self._hoped(place), at) for at, place in enumerate(places)]
         heapify(heap)
         new: list[int] = []

@@ -65,22 +65,27 @@ class GumbelNoise:
     """g(seed, position): standard Gumbel noise over the vocabulary."""
 
     def __init__(self, vocab: int, device: torch.device) -> None:
-        self._lanes = _lanes(vocab, device)
+        self._lanes = lanes_of(vocab, device)
 
     def __call__(self, seeds: Seq[int], positions: Seq[int]) -> Tensor:
         """float64[M, V], row i for (seeds[i], positions[i])."""
-        return gumbel(
-            [_key(seed, _COUPLED, at) for seed, at in zip(seeds, positions, strict=True)], self._lanes
-        )
+        keys = [coupled_key(seed, at) for seed, at in zip(seeds, positions, strict=True)]
+        return gumbel(torch.tensor(keys, dtype=torch.int64, device=self._lanes.device), self._lanes)
 
 
-def _lanes(vocab: int, device: torch.device) -> Tensor:
+def lanes_of(vocab: int, device: torch.device) -> Tensor:
+    """int64[V]: what tells the tokens' noise apart."""
     return torch.arange(1, vocab + 1, dtype=torch.int64, device=device) * _signed(_STEP)
 
 
-def gumbel(keys: Seq[int], lanes: Tensor) -> Tensor:
-    """float64[M, V]: standard Gumbel noise, a row for each key."""
-    x = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=lanes.device)[:, None] + lanes
+def coupled_key(seed: int, position: int) -> int:
+    """Of g(seed, position), as int64: where `gumbel` goes on from."""
+    return _signed(_key(seed, _COUPLED, position))
+
+
+def gumbel(keys: Tensor, lanes: Tensor) -> Tensor:
+    """float64[M, V]: standard Gumbel noise, a row for each key int64[M]."""
+    x = keys[:, None] + lanes
     x = (x ^ _shift(x, 30)) * _signed(_MUL1)
     x = (x ^ _shift(x, 27)) * _signed(_MUL2)
     x = x ^ _shift(x, 31)
@@ -100,7 +105,7 @@ class RandomSource(Protocol):
         ...
 
     def ordered(self, laws: Tensor, owners: Seq[Sequence], most: int) -> list[Iterator[tuple[int, float]]]:
-        """By row of `laws` float[B, V] up to `most` tokens drawn without replacement, with their probabilities."""
+        """By row of `laws` float[B, V] up to `most` tokens and probabilities, drawn without replacement."""
         ...
 
 
@@ -127,16 +132,19 @@ class CounterDraws:
         """The largest of log q + g are a sample without replacement, in its order (Gumbel top-k)."""
         keys = []
         for owner in owners:
-            keys.append(_key(owner.seed, _VECTORS, owner.draws))
+            keys.append(_signed(_key(owner.seed, _VECTORS, owner.draws)))
             owner.draws += 1
-        noise = gumbel(keys, _lanes(laws.shape[1], laws.device))
-        return first(laws.log() + noise, laws, most)
+        there = torch.tensor(keys, dtype=torch.int64, device=laws.device)
+        noise = gumbel(there, lanes_of(laws.shape[1], laws.device))
+        return [iter(each) for each in first(laws.log() + noise, most, laws)]
 
 
-def first(scores: Tensor, laws: Tensor, most: int) -> list[Iterator[tuple[int, float]]]:
-    """By row the tokens of the highest scores float[B, V], with their probabilities; none of probability 0."""
-    found = scores.topk(min(most, scores.shape[1]), dim=-1).indices
-    ids, probs = found.tolist(), laws.gather(1, found).tolist()
-    return [
-        iter([(t, p) for t, p in zip(*each, strict=True) if p > 0]) for each in zip(ids, probs, strict=True)
-    ]
+def first(scores: Tensor, most: int, laws: Tensor | None = None) -> list[list[tuple[int, float]]]:
+    """By row the tokens of the highest scores float[B, V], with their probabilities under `laws` [B, V], else
+    under softmax(scores); none that have no probability, and none at all where there are NaNs. One read-back.
+    """
+    best, ids = scores.topk(min(most, scores.shape[1]), dim=-1)
+    probs = (best - scores.logsumexp(-1, keepdim=True)).exp() if laws is None else laws.gather(1, ids)
+    told = torch.cat([ids.to(probs.dtype), probs], dim=1).tolist()  # ids are exact in float32
+    width = ids.shape[1]
+    return [[(int(t), p) for t, p in zip(row[:width], row[width:], strict=True) if p > 0] for row in told]

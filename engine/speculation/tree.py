@@ -178,8 +178,8 @@ class DySpecOptions(TreeOptions, frozen=True):
     growth: Annotated[
         Literal["layers", "greedy"],
         msgspec.Meta(
-            description="layers: a draft pass for each layer, of what reaches the threshold; greedy: always the "
-            "likeliest place next, a draft pass for each node that gets children"
+            description="layers: a draft pass for each layer, of what reaches the threshold; greedy: always "
+            "the likeliest place next, a draft pass for each node that gets children"
         ),
     ] = "layers"
     threshold: Annotated[
@@ -189,7 +189,7 @@ class DySpecOptions(TreeOptions, frozen=True):
 
 @dataclass
 class _Places(Growth):
-    """A heap of places: a node where one more follower may be taken, by the chance that the target gets to it."""
+    """A heap of places: nodes where one more may be taken, by the chance that the target gets there."""
 
     followers: dict[int, Followers] = field(default_factory=dict)
     left: dict[int, float] = field(default_factory=dict)  # by node: what of the law is not taken
@@ -272,7 +272,9 @@ class OptTreeOptions(TreeOptions, frozen=True):
     delta: Annotated[
         float,
         msgspec.Meta(
-            ge=0, le=MOST_NODES, description="end when a layer adds less to the tokens expected to be accepted"
+            ge=0,
+            le=MOST_NODES,
+            description="end when a layer adds less to the tokens expected to be accepted",
         ),
     ] = 0.1
 
@@ -288,11 +290,11 @@ class _OptTree(Growth):
 
     def grow(self, found: Mapping[int, Followers]) -> None:
         """Every candidate is kept until the end: of a tree that nobody draws, the best part may be chosen."""
-        width = min(self.options.width or self.most, self.most)
+        width = min(self.options.width or max(2, self.most // self.options.max_depth), self.most)
         ways = [
             (self.worth(node) * prob, token, node)
             for node, followers in found.items()
-            for _, (token, prob) in zip(range(width), followers.order, strict=False)
+            for _, (token, prob) in zip(range(self.most), followers.order, strict=False)
         ]
         ways.sort(key=lambda way: -way[0])
         new = [self.add(token, node, value) for value, token, node in ways[: self.most]]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from engine.types import CompiledGrammar, InvalidRequest, SamplingParams, SpeculationParams
-from server.bounds import MAX_N, MAX_TIMEOUT
+from server.bounds import MAX_N, MAX_STOP_TOKENS, MAX_TIMEOUT
 from server.grammar import Structure
 from server.protocol.base import Body
 from server.protocol.fields import INT64, MAX_WORDS, LogitBias, Only, Stops, TokenId, Word
@@ -42,13 +42,17 @@ class Speculation(Body):
     """Who proposes and who stops, for this request; `GET /v1/policies` lists the names and options."""
 
     drafter: str | None = Field(
-        default=None, description="who drafts: chains, or trees as dyspec; default: the server's"
+        default=None,
+        description="who drafts: chains, or trees as dyspec; default: the server's",
+        examples=["model", "ngram", "dyspec", "none"],
     )
     policy: str | None = Field(
         default=None, description="who decides when a chain stops; default: the server's; not with trees"
     )
     options: dict[str, Any] | None = Field(
-        default=None, description="options of that policy, or of a drafter of trees"
+        default=None,
+        description="options of that policy, or of a drafter of trees",
+        examples=[{"sl": 4}, {"budget": 32, "max_depth": 8}],
     )
     max_sl: int | None = Field(
         default=None,
@@ -136,7 +140,9 @@ class GenerationBody(Body):
     )
     min_tokens: int = Field(0, ge=0, lt=INT64, description="vLLM's: no EOS and no stop before so many")
     ignore_eos: bool = Field(False, description="vLLM's: EOS does not end the answer")
-    stop_token_ids: list[TokenId] = Field([], description="vLLM's: tokens that end the answer, as EOS does")
+    stop_token_ids: list[TokenId] = Field(
+        [], max_length=MAX_STOP_TOKENS, description="vLLM's: tokens that end the answer, as EOS does"
+    )
     include_stop_str_in_output: bool = Field(
         False, description="vLLM's: keep the stop string, or token, in the text"
     )

@@ -49,11 +49,11 @@ async def model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.get("/v1/policies", **documented(answer=PolicyList, errors=(500, 503)))
 async def policies(request: Request) -> dict[str, Any]:
-    """What the field `speculation` may name: drafters, policies of those that draft chains, with their options
-    as JSON schema, and `trees`: the drafters that take options themselves, and no policy.
+    """What the field `speculation` may name: drafters, policies of those that draft chains, with their
+    options as JSON schema, and `trees`: the drafters that take options themselves, and no policy.
 
-    `unavailable` says by drafter why a policy cannot govern it here, or why there are no such trees; `head` what
-    it was taught on.
+    `unavailable` says by drafter why a policy cannot govern it here, or why there are no such trees; `head`
+    what it was taught on.
     """
     info = context_of(request).ready()
     return {

@@ -27,11 +27,12 @@ def product_version() -> str:
 
 @router.get("/health", **documented(answer=Health, errors=(500, 503)))
 async def health(request: Request) -> dict[str, Any]:
-    """200 while the engine lives and answers; 503 while it loads, restarts, or is dead."""
+    """200 while the engine lives and answers; 503 while it loads, is stalled, restarts, or is dead."""
     context = context_of(request)
     engine = context.engine
     if engine.state != "ready":
-        raise unavailable(f"the engine is {engine.state}{_why(context.loading_error)}")
+        why = engine.why or str(context.loading_error or "")
+        raise unavailable(f"the engine is {engine.state}{why and ': '}{why}")
     return {"status": "ok", "engine": engine.state, "restarts": engine.restarts}
 
 
@@ -43,10 +44,6 @@ async def ready(request: Request) -> dict[str, Any]:
         raise shutting_down()
     info = context.ready()
     return {"status": "ready", "target": info.target, "draft": info.draft, "device": info.device}
-
-
-def _why(error: BaseException | None) -> str:
-    return "" if error is None else f": {error}"
 
 
 @router.get("/version", **documented(answer=Version, errors=(500,)))

@@ -105,6 +105,13 @@ class Ground:
             while not condition():
                 await asyncio.sleep(0.02)
 
+    async def counted(self) -> float:
+        """Faults of speculation, as the server counts them."""
+        lines = (await self.client.get("/metrics")).text.splitlines()
+        return sum(
+            float(line.split()[1]) for line in lines if line.startswith("disco_speculation_faults_total{")
+        )
+
     async def serves(self) -> bool:
         """Whether a new request is answered."""
         return (await self.ask("is it there?", False, tokens=1)).code is None
@@ -157,8 +164,3 @@ def _client(port: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=4)
     url = f"http://127.0.0.1:{port}"
     return httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits, trust_env=False)
-
-
-def prompts(clients: int) -> list[str]:
-    """One of them begins with the mark by which a fault of one row finds it."""
-    return ["# is harmed", *(f"client number {i} says" for i in range(1, clients))]

@@ -17,6 +17,7 @@ from engine.core import Engine
 from engine.models.reference import ReferenceRunner
 from engine.parts import assemble
 from engine.speculation import faults
+from engine.speculation.costs import EngineCosts
 from engine.speculation.policies.goodput import Goodput
 from engine.speculation.policies.static import Static
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams, StepStats, TokenEvent
@@ -231,6 +232,34 @@ def test_a_policy_that_has_learned_nan_forgets_it(monkeypatch: pytest.MonkeyPatc
     events, stats = served(engine, asked())
     assert texts(events) == alone() and stats.speculation_faults == {"model": 1}
     assert torch.equal(learned, fresh)
+
+
+def test_when_acceptance_collapses_the_default_policy_stops_drafting():
+    """No fault at all: the draft means well, and is always wrong."""
+    engine = make_engine(policy="goodput")
+    fixed = engine._drafting.costs = EngineCosts()
+    fixed.drafts["model"].know(1, 1, 0.001)
+    for tokens in (1, 8, 32):
+        fixed.verify.know(1, tokens, 0.01)
+    for costs in (fixed.verify, fixed.drafts["model"]):
+        costs.observe = lambda rows, tokens, seconds: None  # type: ignore[method-assign]
+
+    def drafted_share(name: str) -> float:
+        """Draft tokens an iteration, of the last 30."""
+        params = SamplingParams(max_tokens=80, temperature=0.0)
+        events, stats = served(engine, [GenerateRequest(id=name, prompt_ids=(3, 9, 4), params=params)])
+        assert stats.speculation_faults == {}
+        return sum(event.drafted for event in events[name][-30:]) / 30
+
+    assert drafted_share("right") > 0.5
+    drafter: Any = engine._parts.drafters["model"]
+    right = drafter.runner.forward
+    drafter.runner.forward = lambda batch: -right(batch)
+    for number in range(3):
+        share = drafted_share(f"wrong {number}")
+    assert share < 0.2
+    drafter.runner.forward = right
+    assert any(drafted_share(f"right {number}") > 0.5 for number in range(20))
 
 
 @pytest.mark.parametrize("message", ["CUDA error: an illegal memory access was encountered\nadvice"])

@@ -102,6 +102,14 @@ CASES: dict[str, tuple[dict[str, Any], SpeculationParams]] = {
         SpeculationParams(policy="confidence", options={"signal": "token", "threshold": 0.3}),
     ),
     "none": ({"temperature": 0.5}, SpeculationParams(drafter="none")),
+    "tree": (
+        {"temperature": 0.5},
+        SpeculationParams(drafter="dyspec", options={"budget": 6, "max_depth": 2}),
+    ),
+    "tree that nobody draws": (
+        {"temperature": 0.5},
+        SpeculationParams(drafter="opt_tree", options={"budget": 6, "max_depth": 2}),
+    ),
 }
 
 

@@ -50,6 +50,7 @@ class FakeEngine:
         self.cuts: list[tuple[str, int]] = []
         self.stalled, self.go_on = asyncio.Event(), asyncio.Event()
         self.restarts = 0
+        self.why = ""
         self.state: EngineState = "loading"
         self._listeners: list[Listener] = []
         self._kept: list[AsyncIterator[TokenEvent]] = []

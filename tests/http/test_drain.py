@@ -42,10 +42,15 @@ class Ending:
     """A server of `drain` that serves in a task."""
 
     def __init__(self, app: FastAPI, seconds: float, process: Process) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
         self.server = drain.Server(app, seconds, process)
-        self.task = asyncio.create_task(self.server.serve(sockets=[self._listener]))
+        self.task = asyncio.create_task(self.server.serve(sockets=[self.listener]))
+
+    def unread(self) -> int:
+        """Bytes that wait for a client to read."""
+        connections = self.server.server_state.connections
+        return sum(each.transport.get_write_buffer_size() for each in connections)
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}")
@@ -175,6 +180,33 @@ async def test_a_request_that_has_not_come_whole_is_not_waited_for(make_app: Mak
             assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
             assert await each.ended() == 0
         writer.close()
+
+
+async def test_a_client_that_reads_nothing_is_left(
+    make_app: MakeApp, engine: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.http1.LATE_SECONDS", 4.0)
+    monkeypatch.setattr("server.drain._LEAVE_SECONDS", 3.0)
+    engine.make_room(10**6)
+    engine.answer = [engine.answer[0]] * 300_000
+    endless = GOOD | {"stream": True, "max_tokens": 300_000, "ignore_eos": True}
+    content = httpx.Request("POST", "http://t", json=endless).content
+    async with ending(make_app(), 0.2) as each:
+        each.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", each.port))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {len(content)}\r\n\r\n"
+            client.sendall(head.encode() + content)
+            async with asyncio.timeout(10):
+                while not each.unread():
+                    await asyncio.sleep(0.01)
+            begin = time.monotonic()
+            await each.signal()
+            assert await each.ended() == 0
+            assert 1.0 < time.monotonic() - begin < 10
+    assert engine.aborts == 1
+    quiet(caplog)
 
 
 async def test_a_second_signal_ends_at_once(make_app: MakeApp, engine: FakeEngine) -> None:

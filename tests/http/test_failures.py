@@ -47,6 +47,14 @@ async def test_health_says_why_it_cannot_load(make_app: Callable[..., FastAPI], 
     assert "dead" in error["message"] and "no such model" in error["message"]
 
 
+async def test_health_says_why_there_is_no_engine_any_more(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.state, engine.why = "dead", "five loads failed"
+    error = check_error(await client.get("/health"), 503, "service_unavailable_error")
+    assert error["message"] == "the engine is dead: five loads failed"
+
+
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 async def test_the_engine_dies(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]

@@ -163,6 +163,7 @@ async def test_the_engine_is_told_on_whose_behalf(keyed: Callable[..., Any], eng
         ({"max_stop_length": 3}, {"stop": ["abc", "abcd"]}, "stop", "at most 3"),
         ({}, {"stop": "x" * 1025}, "stop", "at most 1024"),
         ({"max_request_seconds": 5.0}, {"timeout": 5.5}, "timeout", "at most 5"),
+        ({}, {"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024"),
         ({}, {"timeout": 0}, "timeout", "greater than 0"),
         ({}, {"timeout": "1s"}, "timeout", "number"),
     ],

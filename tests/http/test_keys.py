@@ -59,6 +59,21 @@ async def test_keys_of_the_file_and_of_flags_open(make_app: MakeApp, file: Path)
         check_error(await client.get("/v1/models", headers={"authorization": f"Basic {ALICE}"}), 401)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+async def test_cached_prefixes_can_be_kept_apart(
+    make_app: MakeApp, file: Path, engine: FakeEngine, apart: bool
+) -> None:
+    """By the key's name; a salt of the request's own is kept, and can name no other key's."""
+    app = make_app(api_key_file=str(file), prefix_cache_by_key=apart)
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+    async with running(app) as client:
+        for key, salt in ((ALICE, ""), (BOB, ""), (ALICE, "x"), (BOB, "alice\0x")):
+            for path, body in (("/v1/completions", GOOD), ("/v1/chat/completions", chat)):
+                await client.post(path, json=body | {"cache_salt": salt}, headers=bearer(key))
+    salts = [request.cache_salt for request in engine.requests]
+    assert len(salts) == 8 and len(set(salts)) == (4 if apart else 3)
+
+
 def test_every_key_is_compared(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also behind the one that fits, and through hmac's comparison."""
     compared = []

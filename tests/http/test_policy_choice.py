@@ -81,7 +81,8 @@ async def test_the_page_tells_what_can_be_served(served: httpx.AsyncClient) -> N
     page = (await served.get("/v1/policies")).json()
     listed = {policy["name"]: policy for policy in page["policies"]}
     assert listed.keys() == policies().keys() and len(page["policies"]) == len(listed)
-    assert page["drafters"] == ["model", "ngram", "none"] and page["max_sl"] == 8
+    trees = [tree["name"] for tree in page["trees"] if tree["unavailable"] is None]
+    assert page["drafters"] == [*sorted(["model", "ngram", *trees]), "none"] and page["max_sl"] == 8
     assert page["default"] == {"drafter": "model", "policy": "static", "options": {"sl": 5}}
     for name, policy in listed.items():
         assert policy["options"] == describe()[name]

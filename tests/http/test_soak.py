@@ -31,7 +31,7 @@ from soaking.load import Load, Outcome
 from soaking.processes import Standing, Watch, slope
 from soaking.questions import KINDS, Question, Sizes, pairs_of
 
-SIZES = Sizes(tokens=12, left=6000, words=8, long_words=40, filling=1000)
+SIZES = Sizes(tokens=12, left=1900, words=8, long_words=40, patience=0.3)
 
 
 async def test_a_soak_in_miniature_holds(
@@ -41,11 +41,11 @@ async def test_a_soak_in_miniature_holds(
 ) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    target = str(make_llama(tmp_path, tokenizer, layers=2, context=8192))
-    config = EngineConfig(target=target, draft="self:1", device="cpu", kv_blocks=600, max_num_seqs=12)
+    target = str(make_llama(tmp_path, tokenizer, layers=2, context=2048))
+    config = EngineConfig(target=target, draft="self:1", device="cpu", kv_blocks=300, max_num_seqs=12)
     app = create_app(Settings(target="tiny"), LocalEngine(config), tokenizer)
     plan = soak.Plan(
-        clients=12, minutes=0.04, warm_up=0.005, catalogue=2 * len(KINDS), deadline=60, limit=1e6, every=0.1,
+        clients=12, minutes=0.03, warm_up=0.005, catalogue=len(KINDS), deadline=60, limit=1e6, every=0.1,
         sizes=SIZES,
     )  # fmt: skip
     async with listening(app) as port:
@@ -53,9 +53,11 @@ async def test_a_soak_in_miniature_holds(
         await _until_ready(served.url)
         report = await soak.Soak(served, plan, Watch(os.getpid())).run()
 
-    # files, threads and processes are those of pytest, too: clients are among them
-    ours = [held for held in report.held if not held.what.startswith(("file", "threads", "processes"))]
+    # memory, files, threads and processes are those of pytest, too, and of seconds
+    of_pytest = ("resident", "file", "threads", "processes")
+    ours = [held for held in report.held if not held.what.startswith(of_pytest)]
     assert [held for held in ours if not held.holds] == []
+    assert {"resident memory, server", "file descriptors, server"} <= {held.what for held in report.held}
     stretches = report.figures["stretches"]
     assert stretches["soak"]["left"] > 0 and stretches["soak"]["compared"] > 0
     assert {"model/goodput", "ngram/static", "none/none"} <= set(report.figures["pairs"])
@@ -156,6 +158,16 @@ def test_counts_that_differ_are_told() -> None:
     assert not found.holds and found.found == "/v1/completions 500: 0 by the clients, 1 by /metrics"
 
 
+@pytest.mark.parametrize(("by_the_server", "agrees"), [(1, False), (2, True), (3, True), (4, False)])
+def test_whether_the_server_saw_what_was_left_at_once_is_open(by_the_server: int, agrees: bool) -> None:
+    outcome = Outcome()
+    outcome.answers["/v1/completions", "499"] = 2
+    outcome.unsure["/v1/completions"] = 1
+    counted = {("disco_http_requests_total", "/v1/completions", "499"): float(by_the_server)}
+
+    assert verdict.agreeing("soak", verdict.books(outcome, counted, exact=False)).holds is agrees
+
+
 def test_the_slope_is_that_of_least_squares() -> None:
     wave = [(60.0 * i, 500 + 2 * i + (-1) ** i) for i in range(30)]  # 120 MiB/h, and a wave
     found = slope(wave)
@@ -167,6 +179,13 @@ def test_the_slope_is_that_of_least_squares() -> None:
         slope(wave[:2])
 
 
+def test_what_comes_and_goes_is_not_growth() -> None:
+    watch = Watch(os.getpid())
+    watch.resident["engine"] = [(100.0 + i, 500.0 + (400 if i % 7 == 3 else 0)) for i in range(60)]
+
+    assert watch.floors("engine", 110, 140, 10) == [(5, 500), (15, 500), (25, 500)]
+
+
 def test_what_is_kept_open_is_seen() -> None:
     before = Standing({}, {"server": 20}, {"server": 8}, {"server": 1})
     after = Standing({}, {"server": 23}, {"server": 9}, {"server": 1, "others": 1})
@@ -176,9 +195,10 @@ def test_what_is_kept_open_is_seen() -> None:
 
 
 def test_pairs_are_all_that_the_server_may_combine() -> None:
-    page = {"drafters": ["tree", "ngram", "none"],
+    page = {"drafters": ["dyspec", "model", "ngram", "none"],
             "policies": [{"name": "static", "unavailable": {}},
-                         {"name": "disco", "unavailable": {"ngram": "it has no head"}}]}  # fmt: skip
+                         {"name": "disco", "unavailable": {"ngram": "it has no head"}}],
+            "trees": [{"name": "dyspec"}, {"name": "c2t"}]}  # fmt: skip
     assert pairs_of(page) == [
-        ("none", "none"), ("tree", "static"), ("tree", "disco"), ("ngram", "static")
+        ("dyspec", "none"), ("model", "static"), ("model", "disco"), ("ngram", "static"), ("none", "none")
     ]  # fmt: skip

@@ -70,7 +70,7 @@ def test_a_variable_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"])
 def test_asked_for_and_not_installed_is_told(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setattr(tracing, "find_spec", lambda name: None if name == missing else find_spec(name))
-    with pytest.raises(tracing.CannotTrace, match=r"disco-serve\[tracing\]"):
+    with pytest.raises(tracing.CannotTrace, match=r"pip install -e .\.\[tracing\]"):
         tracing.endpoint(Settings(target="tiny", otlp_endpoint="http://c:1"))
 
 

@@ -26,11 +26,12 @@ from server.app import create_app
 from server.settings import Settings
 
 TREES: list[dict[str, Any]] = [
-    {"drafter": "dyspec", "options": {"budget": 12, "threshold": 0.0, "draft_temperature": 2.0}},
+    {"drafter": "dyspec", "options": {"budget": 12, "threshold": 0.03}},
     {"drafter": "dyspec", "options": {"growth": "greedy", "budget": 6, "draft_temperature": 2.0}},
     {"drafter": "opt_tree", "options": {"budget": 8, "delta": 0.0, "draft_temperature": 2.0}},
 ]
 NAMES = ["dyspec", "dyspec greedy", "opt_tree"]
+DEEP = {"drafter": "opt_tree", "options": {"budget": 12, "width": 4, "delta": 0.0}}
 NONE = {"drafter": "none"}
 SCHEMA = {
     "type": "object",
@@ -43,8 +44,8 @@ TOOL = {"type": "function", "function": {"name": "note", "parameters": SCHEMA}}
 
 def config(target: Path, **more: Any) -> EngineConfig:
     return EngineConfig(
-        target=str(target), draft="self:2", policy="static", device="cpu", kv_blocks=256, max_num_seqs=8, max_sl=8,
-        threads=1, **more,
+        target=str(target), draft="self:2", policy="static", device="cpu", kv_blocks=256, max_num_seqs=8,
+        max_sl=8, threads=1, **more,
     )  # fmt: skip
 
 
@@ -79,7 +80,9 @@ def content(choice: dict[str, Any]) -> str:
 def test_the_text_is_the_targets_and_the_sums_are_a_trees(app: Live, path: str, tree: dict[str, Any]) -> None:
     for kind in {"temperature": 0}, {"temperature": 0.9, "seed": 4, "n": 3}:
         plain, drafted = (app.ask(path, **body(path, speculation=each) | kind) for each in (NONE, tree))
-        assert [content(choice) for choice in drafted["choices"]] == [content(each) for each in plain["choices"]]
+        assert [content(choice) for choice in drafted["choices"]] == [
+            content(each) for each in plain["choices"]
+        ]
         told = drafted["speculation"]
         assert (told["drafter"], told["policy"]) == (tree["drafter"], "none")
         assert told["drafted"] > told["mean_sl"] * told["iterations"]  # more nodes than the longest way has
@@ -103,7 +106,7 @@ def test_streams_add_up(app: Live, path: str, tree: dict[str, Any]) -> None:
 
 def test_a_short_way_that_stands_gives_a_bonus(app: Live) -> None:
     """Where nothing had been drafted, nothing fell: `correction` would be untrue."""
-    asked = body(PATHS[0], speculation=TREES[0], temperature=0.9, max_tokens=60, stream_options=TOLD, n=8)
+    asked = body(PATHS[0], speculation=DEEP, temperature=0.9, max_tokens=60, stream_options=TOLD, n=8, seed=1)
     chunks = app.stream(PATHS[0], **asked)
     own = [
         (each["tokens"][-1]["origin"], each["accepted"], each["lookahead"])
@@ -138,9 +141,9 @@ def test_stop_strings(app: Live, path: str) -> None:
             assert content(answer["choices"][0]) == content(plain["choices"][0])
             assert answer["choices"][0]["finish_reason"] == "stop"
             assert answer["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
-            assert answer["speculation"]["mean_emitted"] * answer["speculation"]["iterations"] == pytest.approx(
-                answer["usage"]["completion_tokens"] - 1
-            )
+            assert answer["speculation"]["mean_emitted"] * answer["speculation"][
+                "iterations"
+            ] == pytest.approx(answer["usage"]["completion_tokens"] - 1)
 
 
 @pytest.mark.parametrize("tree", TREES, ids=NAMES)
@@ -201,7 +204,11 @@ def test_every_option_has_words_a_default_and_bounds(name: str) -> None:
         ({"drafter": "dyspec", "options": {"sl": 4}}, "speculation.options", "valid: "),
         ({"drafter": "opt_tree", "options": {"threshold": 0.1}}, "speculation.options", "valid: "),
         ({"drafter": "opt_tree", "options": {"delta": -1}}, "speculation.options", "delta"),
-        ({"drafter": "dyspec", "options": {"draft_temperature": 0}}, "speculation.options", "draft_temperature"),
+        (
+            {"drafter": "dyspec", "options": {"draft_temperature": 0}},
+            "speculation.options",
+            "draft_temperature",
+        ),
         ({"drafter": "dyspec", "policy": "static"}, "speculation.policy", "no policy"),
         ({"drafter": "dyspec", "max_sl": 9}, "speculation.max_sl", "max_sl"),
         ({"drafter": "oak"}, "speculation.drafter", "dyspec"),
@@ -219,7 +226,7 @@ def test_what_cannot_be_is_refused(
 
 def test_a_depth_that_is_asked_for_is_kept(app: Live) -> None:
     for most in 0, 1, 3:
-        asked = body(PATHS[0], speculation=TREES[0] | {"max_sl": most}, stream_options=TOLD)
+        asked = body(PATHS[0], speculation=DEEP | {"max_sl": most}, stream_options=TOLD)
         passes = adds_up(app.stream(PATHS[0], **asked))
         assert max(each["lookahead"] for each in passes) == most
 
@@ -245,7 +252,9 @@ async def test_a_server_of_trees(treed: httpx.AsyncClient) -> None:
 
     async def told(**speculation: Any) -> tuple[str, str, float]:
         asked = {"model": "tiny"} | body(PATHS[0], temperature=0.9, seed=1)
-        answer = await treed.post(PATHS[0], json=asked | ({"speculation": speculation} if speculation else {}))
+        answer = await treed.post(
+            PATHS[0], json=asked | ({"speculation": speculation} if speculation else {})
+        )
         assert answer.status_code == 200, answer.text
         found = answer.json()["speculation"]
         return found["drafter"], found["policy"], found["drafted"] / max(found["iterations"], 1)
@@ -255,7 +264,10 @@ async def test_a_server_of_trees(treed: httpx.AsyncClient) -> None:
     assert (await told(options={"budget": 1}))[2] <= 1
     assert (await told(drafter="opt_tree"))[2] > 5  # with options of its own
     assert (await told(drafter="model"))[:2] == ("model", "static")
-    assert (await told(drafter="ngram", policy="heuristic", options={"start": 1}))[:2] == ("ngram", "heuristic")
+    assert (await told(drafter="ngram", policy="heuristic", options={"start": 1}))[:2] == (
+        "ngram",
+        "heuristic",
+    )
     assert (await told(drafter="none"))[:2] == ("none", "none")
     asked = body(PATHS[0], speculation={"policy": "static"})
     error = check_error(await treed.post(PATHS[0], json={"model": "tiny"} | asked), 400)

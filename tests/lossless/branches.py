@@ -84,7 +84,7 @@ class Scripted:
         left = list(law)
         for _ in range(most):
             total = math.fsum(left)
-            if total <= 1e-12:
+            if not total > 1e-12:  # or NaN
                 return
             token = world.choose([p / total for p in left])
             left[token] = 0.0

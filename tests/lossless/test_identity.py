@@ -259,7 +259,12 @@ def test_greedy_is_transformers_generate(engine: Engine, smollm2: Path, name: st
 def test_seeded_sampling_is_the_same_text(engine: Engine, smollm2: Path, kind: str):
     prompts = encoded(smollm2, FEW)
     plain, *_ = generate(engine, prompts, FEW_TOKENS, SEEDED[kind], [EVERY["none"]], 8)
-    for kinds, batch in (MIX, 8), (TREE_MIX, 8), ([EVERY["model, static 3"]], 1), ([EVERY["tree, dyspec"]], 1):
+    for kinds, batch in (
+        (MIX, 8),
+        (TREE_MIX, 8),
+        ([EVERY["model, static 3"]], 1),
+        ([EVERY["tree, dyspec"]], 1),
+    ):
         count = len(prompts) if batch > 1 else 2
         tally = compare(engine, kind, prompts[:count], plain[:count], FEW_TOKENS, SEEDED[kind], kinds, batch)
         report(smollm2, [tally], prompts, plain)

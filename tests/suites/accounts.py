@@ -28,6 +28,8 @@ SPECULATION: tuple[dict[str, Any] | None, ...] = (
     {"drafter": "ngram", "policy": "static", "options": {"sl": 4}},
     {"drafter": "model", "policy": "goodput"},
     {"drafter": "model", "policy": "static", "max_sl": 0},
+    {"drafter": "dyspec", "options": {"budget": 8, "max_depth": 4}},
+    {"drafter": "opt_tree", "options": {"budget": 6}},
 )
 STOPS = ((" the",), ("e",), (" a", "\n"), ("th", "an"), (",",))
 

@@ -105,11 +105,19 @@ def lines(asks: Sequence[Ask], told: Told, counted: Samples, exact: bool) -> lis
 
 def _inner(counted: Samples) -> list[Line]:
     """Metrics that must agree among themselves."""
-    drafted, accepted = (total(counted, f"disco_{name}_tokens_total") for name in ("draft", "accepted"))
-    iterations = total(counted, "disco_iterations_total")
+    accepted, iterations = (total(counted, f"disco_{x}_total") for x in ("accepted_tokens", "iterations"))
+    chains = _without_trees(counted)
+    drafted = total(chains, "disco_draft_tokens_total")
     return [
         Line("iterations, by lookahead", total(counted, "disco_lookahead_count"), iterations),
-        Line("draft tokens, by lookahead", total(counted, "disco_lookahead_sum"), drafted),
-        Line("draft tokens, by position", total(counted, "disco_position_drafted_total"), drafted),
+        Line("draft tokens, by lookahead", total(chains, "disco_lookahead_sum"), drafted),
+        Line("draft tokens, by position", total(chains, "disco_position_drafted_total"), drafted),
         Line("accepted tokens, by position", total(counted, "disco_position_accepted_total"), accepted),
     ]
+
+
+def _without_trees(counted: Samples) -> Samples:
+    """Of chains alone: a tree's draft tokens are all its nodes, its lookahead is its longest way."""
+    name = "disco_draft_tokens_total"
+    trees = {key[1] for key in counted if key[0] == name and key[1] != "none" and key[2] == "none"}
+    return {key: value for key, value in counted.items() if len(key) < 3 or key[1] not in trees}

@@ -218,7 +218,8 @@ async def test_no_colour_in_a_pipe_and_no_text_of_the_end(tiny_llama: Path) -> N
         TokenEvent(id="x", token_ids=ids(tokenizer, "A")),
         TokenEvent(
             id="x", token_ids=(*ids(tokenizer, "é!"), 2), stop_token_id=2, finish_reason="stop",
-            policy="static", drafter="model", iterations=1, drafted=4, lookahead=4, accepted=3, stop_reason="cap",
+            policy="static", drafter="model", iterations=1, drafted=4, lookahead=4, accepted=3,
+            stop_reason="cap",
         ),
     )  # fmt: skip
     assert out.getvalue() == "Aé!\n"

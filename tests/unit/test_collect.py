@@ -301,8 +301,10 @@ def test_the_runner_of_the_gpu_records_the_same() -> None:
             runner.allocate(blocks_needed(plan, longest=21, branch=3, block_size=16))
         given = {"vocab": 259, "block_size": 16, "longest": 21, "tokens": 6, "branch": 3}
         found.append(Recorder(*runners, plan, **given, hidden=True, target_hidden=True).record(texts))
-    for table, other in zip(*found, strict=True):
+    for table, other in zip(*(each[:2] for each in found), strict=True):
         for name, column in vars(table).items():
+            if column is None:  # what only trees need
+                continue
             error = np.abs(column.astype(float) - getattr(other, name)).max()
             assert error < (2e-3 if "hidden" in name else 1e-4), name
 

@@ -213,7 +213,7 @@ def test_what_the_hub_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DataError, match="hub:NAME"):
         read_data(["hub:"], 1)
     monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
-    with pytest.raises(DataError, match=r"pip install 'disco-serve\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '.\[data\]'"):
         read_data(["hub:gsm8k"], 1)
     monkeypatch.setitem(sys.modules, "datasets", Hub([], ConnectionError("no route\nto it")))
     with pytest.raises(DataError, match=r"hub:gsm8k: ConnectionError: no route$"):

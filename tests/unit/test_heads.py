@@ -227,6 +227,16 @@ def test_heads_of_a_known_pair_are_found_by_both_fingerprints(tmp_path: Path):
         builtin_heads(DRAFT.fingerprint, TARGET.fingerprint, tmp_path)
 
 
+def test_a_damaged_shipped_head_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Heads change speed alone: it must not stop every start."""
+    for kind in ("disco", "specdec_pp"):
+        save_head(toy_head(kind), tmp_path / "pair" / "heads" / kind)
+    damaged = tmp_path / "pair" / "heads" / "disco.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert set(builtin_heads(DRAFT.fingerprint, TARGET.fingerprint, tmp_path)) == {"specdec_pp"}
+    assert "a shipped head is damaged" in caplog.text and str(damaged.parent) in caplog.text
+
+
 def test_a_found_head_of_other_features_is_left_alone(tmp_path: Path):
     save_head(toy_head("disco", feature_version=VERSION + 1), tmp_path / "pair" / "heads" / "disco")
     assert builtin_heads(DRAFT.fingerprint, TARGET.fingerprint, tmp_path) == {}

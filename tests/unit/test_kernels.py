@@ -129,7 +129,15 @@ def test_a_tree_attends_its_own_branch(programs: int, window: int | None) -> Non
         on(told["masks"], torch.int64),
     )  # fmt: skip
     got = attend(
-        qkv, keys, values, places, heads=heads, scaling=0.3, window=window, block_size=block, programs=programs
+        qkv,
+        keys,
+        values,
+        places,
+        heads=heads,
+        scaling=0.3,
+        window=window,
+        block_size=block,
+        programs=programs,
     )
     torch.testing.assert_close(got, torch.stack(want), atol=1e-5, rtol=1e-4)
 

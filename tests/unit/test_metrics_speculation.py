@@ -81,7 +81,9 @@ def test_a_tree_is_as_long_as_its_longest_way() -> None:
     registry = CollectorRegistry()
     speculation = Speculation(registry)
     tree = {"policy": "none", "drafter": "dyspec"}
-    speculation.on_step(StepStats(rows=2), [event(9, 2, lookahead=3, **tree), event(4, 0, lookahead=2, **tree)])
+    speculation.on_step(
+        StepStats(rows=2), [event(9, 2, lookahead=3, **tree), event(4, 0, lookahead=2, **tree)]
+    )
     found, by = values(registry), ("dyspec", "none")
     assert found["disco_draft_tokens_total", *by] == 13
     assert found["disco_lookahead_sum", *by] == 5
@@ -119,14 +121,18 @@ def test_the_window_forgets() -> None:
         return {family.name: s.value for family in window.collect() for s in family.samples}
 
     assert told() == {}
-    window.add(("static", "model"), drafted=10, accepted=2, lookaheads=8, iterations=4, baseline=3.0, spent=2.0)
+    window.add(
+        ("static", "model"), drafted=10, accepted=2, lookaheads=8, iterations=4, baseline=3.0, spent=2.0
+    )
     assert told() == {
         "disco_acceptance_rate": 0.2,
         "disco_average_lookahead": 2.0,
         "disco_speedup_ratio": 1.5,
     }
     now += SECONDS - 1
-    window.add(("static", "model"), drafted=0, accepted=0, lookaheads=0, iterations=4, baseline=0.0, spent=2.0)
+    window.add(
+        ("static", "model"), drafted=0, accepted=0, lookaheads=0, iterations=4, baseline=0.0, spent=2.0
+    )
     assert told() == {
         "disco_acceptance_rate": 0.2,
         "disco_average_lookahead": 1.0,

@@ -1,5 +1,6 @@
 """What policies learn over all requests survives a restart, and is refused where it does not belong."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,44 @@ def test_it_is_written_seldom(tmp_path: Path) -> None:
     path = tmp_path / "state"
     Memory(path, tables(), PAIR).keep(idle=True)
     assert not path.exists()
+
+
+def test_a_full_disk_is_told_once_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "state"
+    kept(path, monkeypatch)
+    whole = path.read_bytes()
+    made = tables()
+    found = Memory(path, made, PAIR)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        for _ in range(3):
+            found.keep(idle=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot be written" in caplog.text
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+    found.keep(idle=True)
+    assert "is written again" in caplog.text
+
+
+def test_nan_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next start would refuse the file."""
+    path = tmp_path / "state"
+    kept(path, monkeypatch)
+    whole = path.read_bytes()
+    made = tables()
+    found = Memory(path, made, PAIR)
+    name = next(n for n, each in made["model"].shared()["goodput"].items() if each.is_floating_point())
+    made["model"].shared()["goodput"][name].fill_(float("nan"))
+    found.keep(idle=True)
+    assert "NaN" in caplog.text and path.read_bytes() == whole
+    Memory(path, tables(), PAIR)
 
 
 def test_another_pairs_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

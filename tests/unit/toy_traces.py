@@ -9,11 +9,12 @@ import numpy as np
 from rich.console import Console
 
 from classifiers.step_costs import StepCosts
-from classifiers.traces import Branches, Counts, Identity, Manifest, Prompts, Source, Steps, Trace
+from classifiers.traces import Branches, Bushes, Counts, Identity, Manifest, Prompts, Source, Steps, Trace
 from classifiers.train import train
 from classifiers.train_options import TrainOptions
 from engine.speculation.features import TOP, VERSION
 from engine.speculation.heads import Kind
+from engine.speculation.tree import MOST_CHILDREN
 
 DRAFT, TARGET = "d" * 64, "a" * 64
 HIDDEN = 6
@@ -30,6 +31,24 @@ def _top(largest: np.ndarray, source: np.random.Generator) -> np.ndarray:
 
 def _entropy(top: np.ndarray) -> np.ndarray:
     return (-(top * np.log(np.maximum(top, 1e-12))).sum(1)).astype(np.float32)
+
+
+def _order(top: np.ndarray) -> np.ndarray:
+    return np.pad(top, ((0, 0), (0, MOST_CHILDREN - TOP)))
+
+
+def _bushes(match: np.ndarray, rank: np.ndarray, source: np.random.Generator) -> Bushes:
+    """Of every step the likeliest wrong token, and one more behind it."""
+    count = len(match)
+    top = _top(source.beta(2, 3, 2 * count).clip(0.15, 0.999), source)
+    return Bushes(
+        step=np.repeat(np.arange(count), 2).astype(np.int32),
+        parent=np.tile([-1, 0], count).astype(np.int32),
+        rank=np.stack([np.where(rank == 0, 1, 0), np.zeros(count)], 1).reshape(-1).astype(np.int32),
+        order=_order(top),
+        top=top,
+        entropy=_entropy(top),
+    )
 
 
 def toy_trace(
@@ -60,6 +79,8 @@ def toy_trace(
     away_top = _top(away.reshape(-1), source).reshape(len(at), K, TOP) * there[..., None]
     away_hidden = source.normal(0, 1, (len(at), K, HIDDEN))
     away_hidden[:, :, 1] = -2.0
+    rank = np.where(match, 0, source.integers(-1, TOP, count)).astype(np.int32)
+    rank[~match & (rank == 0)] = 1
     steps = Steps(
         prompt=prompt.astype(np.int32),
         pos=pos.astype(np.int32),
@@ -72,6 +93,8 @@ def toy_trace(
         prob=top[:, 0].copy(),
         accept=match.astype(np.float32),
         hidden=hidden.astype(np.float16),
+        order=_order(top),
+        rank=rank,
     )
     flat = away_top.reshape(-1, TOP)
     branches = Branches(
@@ -103,7 +126,7 @@ def toy_trace(
         tokens=np.full(prompts, 2, np.int32),
         ids=np.stack([np.arange(prompts), np.arange(prompts) + seed * 1000], 1).reshape(-1).astype(np.int32),
     )
-    return Trace(manifest, listed, steps, branches)
+    return Trace(manifest, listed, steps, branches, _bushes(match, rank, source))
 
 
 def taught(recorded: Path, out: Path, kind: Kind = "disco", **options: Any) -> Path:

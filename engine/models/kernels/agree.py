@@ -26,13 +26,17 @@ def _agree(meta, token, fine, answer, MOST: tl.constexpr):
     tl.store(answer + MOST + i, next_token, there)
     tl.store(answer + 2 * MOST + i, sound, there)
     real = i < tl.load(meta)
-    tl.store(answer + 3 * MOST + i, tl.where(tl.load(fine + i, real, 0) != 0, tl.load(token + i, real, 0), -1), real)
+    tl.store(
+        answer + 3 * MOST + i,
+        tl.where(tl.load(fine + i, real, 0) != 0, tl.load(token + i, real, 0), -1),
+        real,
+    )
 
 
 def agree(meta: Tensor, token: Tensor, fine: Tensor, answer: Tensor) -> None:
-    """answer int32[4, MOST]: by row of `meta` (decode_data.META words) the draft tokens that stand if they are a
-    chain, the token after them, and whether the row's logits were sound; by token what was chosen after it,
-    -1 if the logits were not sound.
+    """answer int32[4, MOST]: by row of `meta` (decode_data.META words) the draft tokens that stand if they
+    are a chain, the token after them, and whether the row's logits were sound; by token what was chosen after
+    it, -1 if the logits were not sound.
 
     A row's first token is its newest, the others are drafted. token int32, fine int8: the target's choice
     after every token of the pass.

@@ -35,7 +35,16 @@ class Places:
 
 @triton.jit(  # what varies with every prompt must not compile another variant
     do_not_specialize=["table_stride", "tokens", "splits"],
-    do_not_specialize_on_alignment=["starts", "begins", "lengths", "tables", "positions", "trunks", "sees", "masks"],
+    do_not_specialize_on_alignment=[
+        "starts",
+        "begins",
+        "lengths",
+        "tables",
+        "positions",
+        "trunks",
+        "sees",
+        "masks",
+    ],
 )
 def _attend(
     q,

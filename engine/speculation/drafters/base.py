@@ -15,7 +15,7 @@ from engine.sequence import Sequence
 
 @dataclass
 class RowDraft:
-    """Draft tokens for one row: a tree, most often a chain. Nodes come depth first, siblings as they were drawn.
+    """Draft tokens for one row: a tree, often a chain. Nodes come depth first, siblings as they were drawn.
 
     `parents`: by token the node that it follows, an earlier one, or -1, the row's newest token; None for a
     chain, where token k follows token k - 1.
@@ -53,14 +53,14 @@ class RowDraft:
         return last == len(self.tokens) - 1 if self.parents is None else last not in self.parents
 
     def children(self) -> list[list[int]]:
-        """By node, after one entry for the row's newest token: the nodes that follow it, as they were drawn."""
+        """For the row's newest token, then by node: the nodes that follow it, as they were drawn."""
         found: list[list[int]] = [[] for _ in range(len(self.tokens) + 1)]
         for k in range(len(self.tokens)):
             found[k if self.parents is None else self.parents[k] + 1].append(k)
         return found
 
     def before(self) -> list[list[int]]:
-        """The draft tokens that lead to each place where the target is asked: the row's end, then every node."""
+        """The draft tokens that lead to where the target is asked: the row's end, then every node."""
         if self.parents is None:
             return [self.tokens[:k] for k in range(len(self.tokens) + 1)]
         found: list[list[int]] = [[]]

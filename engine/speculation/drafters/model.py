@@ -26,6 +26,7 @@ from engine.speculation.policy import Need, Signals
 
 if TYPE_CHECKING:
     from engine.speculation.drafters.loop import DraftLoop
+    from engine.speculation.drafters.tree_lane import TreeLane
 
 SMALL_LAG = 16  # tokens that the first draft step feeds along; more is read first, in chunks
 
@@ -47,6 +48,7 @@ class ModelDrafter:
         self.noise, self.random, self._max_sl = noise, random, max_sl
         self.loops = runner.device.type == "cuda" and hasattr(runner, "decode")
         self._loop: DraftLoop | None = None
+        self._tree_lane: TreeLane | None = None
         # Whether rows with masks draft under them, step by step; the device's loop knows none.
         self.mask_drafts = not self.loops
 
@@ -98,6 +100,14 @@ class ModelDrafter:
             blocks = -(-self.runner.context // self._blocks.block_size) + 2
             self._loop = DraftLoop(cast(Any, self.runner), self._vocab, table, blocks, self._max_sl)
         return self._loop
+
+    def tree_lane(self) -> TreeLane | None:
+        """What runs short passes of trees in one go; None where the runner has no kernel for them."""
+        if self._tree_lane is None and getattr(self.runner, "kernel", None) is not None:
+            from engine.speculation.drafters.tree_lane import TreeLane  # imports triton
+
+            self._tree_lane = TreeLane(cast(Any, self.runner), self._vocab)
+        return self._tree_lane
 
     def draft(self, rows: Seq[Sequence], limits: Seq[int], table: PolicyTable) -> Drafted:
         """Step by step. A fault ends it; what was sampled stays, since to drop it would bias the output.

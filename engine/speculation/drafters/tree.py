@@ -7,24 +7,28 @@ where a chain's would be, and what else there was is written over.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from engine.models.runner import Branches, Chunk
-from engine.sampling import Place, scaled_logits
+from engine.sampling import Place, plain, scaled_logits
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
 from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.faults import fatal
 from engine.speculation.features import signals
-from engine.speculation.noise import first
+from engine.speculation.noise import coupled_key, first
 from engine.speculation.tree import MOST_CHILDREN, Followers, Growth, Rule, TreeOptions
 from engine.speculation.tree_table import TreeTable
+
+if TYPE_CHECKING:
+    from engine.speculation.pass_lane import LaneRow
 
 _COOL = 0.6  # the temperature of greedy rows' trees: of a greedy law only a chain would come
 
@@ -105,14 +109,37 @@ class TreeDrafter:
         """One pass of the draft over the nodes that are asked about; their followers."""
         again = getattr(self._chains.runner, "decodes", 0)
         chunks = [tree.chunk(again) for tree in trees]
-        logits = self._chains.forward(chunks)
-        owners = [tree for tree in trees for _ in tree.nodes]
-        nodes = [node for tree in trees for node in tree.nodes]
-        found = self._followers(logits, owners, nodes)
+        found = self._at_once(trees, chunks)
+        if found is None:
+            logits = self._chains.forward(chunks)
+            owners = [tree for tree in trees for _ in tree.nodes]
+            found = self._followers(logits, owners, [node for tree in trees for node in tree.nodes])
         at = 0
         for tree in trees:
             tree.hear(found[at : at + len(tree.nodes)])
             at += len(tree.nodes)
+
+    def _at_once(self, trees: list[_Tree], chunks: list[Chunk]) -> list[Followers] | None:
+        """By one replay of a graph, if there is one for such a pass and only temperatures count."""
+        lane = self._chains.tree_lane()
+        easy = not self.rule.reads and all(tree.row.coupled and plain(tree.row) for tree in trees)
+        if (
+            lane is None
+            or not easy
+            or not lane.takes(sum(len(chunk.tokens) for chunk in chunks), len(chunks))
+        ):
+            return None
+        noisy = any(tree.row.params.temperature > 0 for tree in trees)
+        told = lane.followers(
+            [tree.lane_row(chunk) for tree, chunk in zip(trees, chunks, strict=True)], noisy
+        )
+        found, at = [], 0
+        for tree, chunk in zip(trees, chunks, strict=True):
+            at += len(chunk.tokens)
+            mine = told[at - len(tree.nodes) : at]
+            tree.unsound = tree.unsound or not all(mine)  # a law without masks is none if it is NaN
+            found += [Followers(iter(each)) for each in mine]
+        return found
 
     def _followers(self, logits: Tensor, owners: list[_Tree], nodes: list[int]) -> list[Followers]:
         """Of each place: the tokens in their order. Keeps the law where followers are drawn from it."""
@@ -122,40 +149,36 @@ class TreeDrafter:
         scaled = scaled_logits(
             logits, places, self._chains.eos_ids, drafting=True, heat=[tree.heat for tree in owners]
         )
-        able = scaled.amax(-1).isfinite()
-        sound: list[bool] = able.tolist()
-        if not all(sound):
-            for tree, nan in zip(owners, logits.isnan().any(-1).tolist(), strict=True):
-                tree.unsound = tree.unsound or nan
-            scaled = torch.where(able[:, None], scaled, 0.0)
         noisy = [i for i, row in enumerate(rows) if row.coupled and row.params.temperature > 0]
         if noisy:  # the target's choice is made under this noise: the law is what it leaves likely
             scaled = scaled.to(torch.float64)
             positions = [len(rows[i].tokens) + len(ways[i]) for i in noisy]
             scaled[noisy] += self._chains.noise([rows[i].seed for i in noisy], positions)
-        laws = scaled.softmax(-1)
         drawn = [i for i, row in enumerate(rows) if self.rule.draws and not row.coupled]
+        chosen = [i for i, row in enumerate(rows) if not self.rule.draws or row.coupled]
         orders: dict[int, Iterator[tuple[int, float]]] = {}
-        if drawn:
-            owned = [rows[i] for i in drawn]
-            orders.update(
-                zip(drawn, self._chains.random.ordered(laws[drawn], owned, MOST_CHILDREN), strict=True)
-            )
-        if chosen := [i for i in range(len(rows)) if i not in orders]:
-            orders.update(zip(chosen, first(scaled[chosen], laws[chosen], MOST_CHILDREN), strict=True))
         squares: dict[int, float] = {}
         if drawn:
-            squares = dict(zip(drawn, laws[drawn].square().sum(-1).tolist(), strict=True))
-        for i in drawn:
-            owners[i].laws[nodes[i]] = laws[i]
+            laws = scaled[drawn].softmax(-1)
+            found = self._chains.random.ordered(laws, [rows[i] for i in drawn], MOST_CHILDREN)
+            orders.update(zip(drawn, found, strict=True))
+            squares.update(zip(drawn, laws.square().sum(-1).tolist(), strict=True))
+            for i, law in zip(drawn, laws, strict=True):
+                owners[i].laws[nodes[i]] = law
+        lists: list[list[tuple[int, float]]] = []
+        if chosen:
+            scores = scaled if len(chosen) == len(scaled) else scaled[chosen]
+            lists = first(scores, MOST_CHILDREN)
+            orders.update((i, iter(each)) for i, each in zip(chosen, lists, strict=True))
+        empty = [i for i, each in zip(chosen, lists, strict=True) if not each]
+        empty += [i for i, each in squares.items() if math.isnan(each)]
+        if empty:  # no law: a head that knows nothing which is allowed, or NaN
+            for i, nan in zip(empty, logits[empty].isnan().any(-1).tolist(), strict=True):
+                owners[i].unsound = owners[i].unsound or nan
         read = signals(logits, logits.argmax(-1), {"entropy", "top"}) if self.rule.reads else {}
         shown = {name: values.tolist() for name, values in read.items()}
         return [
-            Followers(
-                orders[i] if sound[i] else iter(()),
-                squares.get(i),
-                **{name: values[i] for name, values in shown.items()},
-            )
+            Followers(orders[i], squares.get(i), **{name: values[i] for name, values in shown.items()})
             for i in range(len(rows))
         ]
 
@@ -207,6 +230,16 @@ class _Tree:
             ),
         )
 
+    def lane_row(self, chunk: Chunk) -> LaneRow:
+        from engine.speculation.pass_lane import LaneRow  # imports triton
+
+        row, noise = self.row, [0] * len(chunk.tokens)
+        noisy = row.params.temperature > 0
+        if noisy:
+            for i, node in enumerate(self.nodes, len(noise) - len(self.nodes)):
+                noise[i] = coupled_key(row.seed, len(row.tokens) + self.growth.depth(node))
+        return LaneRow(row, chunk.start, chunk.tokens, chunk.branches, int(noisy), noise, self.heat)
+
     def hear(self, found: list[Followers]) -> None:
         self.growth.grow(dict(zip(self.nodes, found, strict=True)))
 
@@ -248,10 +281,10 @@ class _Tree:
         ):
             draft.parents = None  # a chain, whose KV lies where it belongs
             self.row.draft_kv_len += len([at for at in draft.read if at >= 0])
-        if growth.room <= 0:
-            draft.stop_reason = "cap"
-        elif not self.unsound:
-            draft.stop_reason = "policy"
-        else:
+        if self.unsound:
             draft.stop_reason = "drafter"
+        elif len(order) < growth.most:
+            draft.stop_reason = "policy"
+        elif growth.most == growth.options.budget:  # else the room ended it, as the row knows
+            draft.stop_reason = "cap"
         return draft

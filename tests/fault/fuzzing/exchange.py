@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fault.fuzzing.inputs import Input, Inputs
 
-SECONDS = 30.0  # that anything may take
+SECONDS = 60.0  # that anything may take
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r\n]*\r\n")
 _TRACES = (b"Traceback (most recent call last)", b'File "', b"site-packages")
 _OURS = ("internal_error", "request_failed", "engine_unavailable")

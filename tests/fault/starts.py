@@ -1,0 +1,152 @@
+"""Faults that a start meets: damaged files, what does not belong together, too little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Start:
+    """`harm` damages the model's folder and gives flags; `says`: what the last line must hold."""
+
+    name: str
+    what: str
+    harm: Callable[[Path], list[str]]
+    says: str
+
+
+@dataclass
+class Started:
+    """What came of it."""
+
+    name: str
+    what: str
+    exit_code: int | None
+    seconds: float
+    line: str
+    wrong: list[str] = field(default_factory=list)
+
+
+def _weights(model: Path) -> Path:
+    return model / "model.safetensors"
+
+
+def _truncated(model: Path) -> list[str]:
+    os.truncate(_weights(model), _weights(model).stat().st_size // 2)
+    return []
+
+
+def _garbage(model: Path) -> list[str]:
+    with _weights(model).open("r+b") as file:
+        file.write(os.urandom(64))
+    return []
+
+
+def _missing(model: Path) -> list[str]:
+    _weights(model).unlink()
+    return []
+
+
+def _lacking(model: Path) -> list[str]:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(_weights(model))
+    held.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(held, _weights(model), metadata={"format": "pt"})
+    return []
+
+
+def _config(model: Path) -> list[str]:
+    (model / "config.json").write_text('{"model_type": "lla')
+    return []
+
+
+def _memory(model: Path) -> list[str]:
+    return ["--kv-blocks", str(2**45)]
+
+
+def _other_tokenizer(model: Path) -> list[str]:
+    draft = model.with_name("draft")
+    shutil.copytree(model, draft)
+    tokenizer = json.loads((draft / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return ["--draft", str(draft)]
+
+
+def _foreign_head(model: Path) -> list[str]:
+    head = next((HERE.parents[1] / "engine/builtin").glob("*/heads/disco*.json"))
+    return ["--draft", "self:1", "--head", str(head)]
+
+
+def _damaged_head(model: Path) -> list[str]:
+    head = next((HERE.parents[1] / "engine/builtin").glob("*/heads/disco*.json"))
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(head.with_suffix(suffix), model.parent)
+    os.truncate(model.parent / head.with_suffix(".safetensors").name, 100)
+    return ["--draft", "self:1", "--head", str(model.parent / head.name)]
+
+
+STARTS = (
+    Start("truncated", "weights cut in half", _truncated, "cannot be loaded"),
+    Start("garbage_weights", "weights overwritten with noise", _garbage, "cannot be loaded"),
+    Start("missing", "no weights at all", _missing, "safetensors"),
+    Start("lacking", "a weight is missing from the file", _lacking, "lack 1 weights"),
+    Start("config", "config.json cut off", _config, "config"),
+    Start("start_memory", "a KV pool larger than memory", _memory, "out of memory"),
+    Start("tokenizer", "a draft with another tokenizer", _other_tokenizer, "does not share the tokenizer"),
+    Start("foreign_head", "--head for another draft", _foreign_head, "was trained for the draft"),
+    Start("damaged_head", "--head with damaged weights", _damaged_head, "SHA-256"),
+)
+
+
+def started(start: Start) -> Started:
+    """Runs `disco-serve serve` on it: it must end by itself, with code 1 and one line that says why."""
+    with tempfile.TemporaryDirectory(prefix="disco-starts-") as folder:
+        model = Path(folder, "tiny")
+        subprocess.run(
+            [sys.executable, str(HERE.parent / "suites" / "tiny_model.py"), str(model)],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        flags = start.harm(model)
+        command = [str(Path(sys.executable).with_name("disco-serve")), "serve", "--target", str(model)]
+        command += [
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            *(flags if "--draft" in flags else ["--draft", "none", *flags]),
+        ]
+        begin = time.monotonic()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DISCO_")}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+            code, lines = done.returncode, done.stderr.strip().splitlines()
+        except subprocess.TimeoutExpired:
+            code, lines = None, ["it goes on"]
+    told = Started(start.name, start.what, code, time.monotonic() - begin, lines[-1] if lines else "")
+    if code != 1:
+        told.wrong.append(f"exit code {code}")
+    if start.says not in told.line:
+        told.wrong.append(f"it does not say {start.says!r}")
+    if "Traceback" in "\n".join(lines) or "started again" in "\n".join(lines):
+        told.wrong.append("\n".join(lines))
+    print(
+        f"{told.name:16} exit code {code}, {told.seconds:.1f} s, {len(lines)} lines; {told.line[:150]}",
+        flush=True,
+    )
+    for wrong in told.wrong:
+        print("  WRONG:", wrong, flush=True)
+    return told
