@@ -126,13 +126,16 @@ def heatmap(rows: Seq[str], columns: Seq[str], cells: Seq[Seq[float | None]], ti
 
 
 def by_budget(panels: Mapping[str, tuple[Seq[int], Mapping[str, Seq[float]]]], path: Path) -> None:
-    """A panel for each figure: a line for each drafter over the budgets."""
+    """A panel for each figure: a line for each drafter over the budgets; the oracle where there is room."""
     figure, axes = _panels(list(panels), 3.6)
     for each, (title, (budgets, lines)) in zip(axes, panels.items(), strict=True):
         for at, (name, line) in enumerate(lines.items()):
             look = {"color": "black"} if name == _ORACLE else {"color": colormaps["tab10"](at % 10)}
             chain = name == _ORACLE or name.startswith("static") or name == "disco"
             each.plot(budgets, line, marker=".", label=name, linestyle="--" if chain else "-", **look)
+        high = max(max(line) for name, line in lines.items() if name != _ORACLE)
+        if max(map(max, lines.values())) > 1.5 * high:  # it would press the others into one line
+            each.set_ylim(top=1.2 * high)
         each.set_xscale("log", base=2)
         each.set_xticks(budgets, [str(budget) for budget in budgets])
         _label(each, "", "budget: nodes, or tokens of a chain", title)

@@ -16,8 +16,9 @@ from engine.finish import cut, score_output, score_prompt
 from engine.flight import NO_MEMORY, Asked, Flight, event_of
 from engine.measure import measured
 from engine.memory_faults import is_out_of_memory
-from engine.models.runner import Batch, Chunk
+from engine.models.runner import Batch
 from engine.parts import Parts, build, target_lane
+from engine.passes import chunk_of, moves_of, tail
 from engine.rescue import Rescue
 from engine.scheduler import PlanRow, Scheduler
 from engine.sequence import Sequence
@@ -221,7 +222,7 @@ class Engine:
         else:
             # Policies may be asked: before the device is busy.
             prompts = [] if flight.rescued else self._drafting.prompts_to_read(rows)
-            chunks = [_chunk(row) for row in rows]
+            chunks = [chunk_of(row) for row in rows]
             counts = [chunk.logits for chunk in chunks]
             batch = Batch.pack(chunks, self._blocks.block_size)
             flight.logits = self._parts.target.forward(batch)[:, : self.info.vocab_size]
@@ -235,7 +236,7 @@ class Engine:
         sampling = [row for row in rows if row.samples]
         if len(sampling) < len(rows):
             for row in rows:
-                row.failed = not row.samples and bool(_tail(row, 1).isnan().any())
+                row.failed = not row.samples and bool(tail(row, 1).isnan().any())
         if not sampling:
             return
         if flight.verdict is not None:  # also of rows that were aborted meanwhile
@@ -251,19 +252,12 @@ class Engine:
 
     def _settle(self, rows: list[PlanRow]) -> None:
         """Moves the KV of trees' accepted ways to where the next tokens' belongs: slot is position again."""
-        moves = []
-        for row in rows:
-            at, size, blocks = row.seq.kv_len + row.tokens, self._blocks.block_size, row.seq.blocks
-            for to, k in enumerate(row.path):
-                if to != k:
-                    slots = (blocks[n // size] * size + n % size for n in (at + k, at + to))
-                    moves.append((next(slots), next(slots)))
-        if moves:
+        if moves := moves_of(rows, self._blocks.block_size):
             self._parts.target.move(moves)
         self._drafting.settle(rows)
 
     def _verdict(self, sampling: list[PlanRow], logits: Tensor) -> Verdict:
-        tails = [_tail(row, len(row.draft.tokens) + 1) for row in sampling]
+        tails = [tail(row, len(row.draft.tokens) + 1) for row in sampling]
         if sum(map(len, tails)) < len(logits):
             logits = torch.cat(tails)
         seqs, drafts = [row.seq for row in sampling], [row.draft for row in sampling]
@@ -339,19 +333,3 @@ class Engine:
             uncounted=self._uncounted,
             speculation_faults=dict(self._drafting.faults.total),
         )
-
-
-def _chunk(row: PlanRow) -> Chunk:
-    """What the target reads of a row: what is pending, and its draft."""
-    seq = row.seq
-    tokens = seq.tokens[seq.kv_len : seq.kv_len + row.tokens] + row.draft.tokens
-    scored = seq.params.prompt_logprobs is not None and seq.kv_len < seq.prompt_len
-    # A chunk that does not sample gives its last logits all the same: they are checked for NaN.
-    logits = len(tokens) if scored else len(row.draft.tokens) + 1
-    return Chunk(tokens, seq.kv_len, seq.blocks, logits, row.draft.branches(seq.kv_len))
-
-
-def _tail(row: PlanRow, count: int) -> Tensor:
-    """The row's last `count` logits."""
-    assert row.logits is not None
-    return row.logits[-count:]

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ROWS_HINT = 8  # the row count that the layout is chosen for: a verification's
 
@@ -24,8 +25,24 @@ class PackedLinear(nn.Module):
         self.packed, self.bias = packed, bias  # plain attributes: opaque to state_dict and to .to()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return out
+        rows = x.flatten(0, -2)
+        count = len(rows)
+        if (taken := padded(count)) != count:
+            rows = F.pad(rows, (0, 0, 0, taken - count))
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return out[:count].view(*x.shape[:-1], self.out_features)
+
+
+def padded(rows: int) -> int:
+    """The row count that a product of so many rows is computed with.
+
+    oneDNN keeps 0.5 to 1 MiB for every shape that it has ever multiplied, for good: of each weight there are
+    to be few shapes. The rows of decoding alone are computed as they are.
+    """
+    for most, step in ((16, 1), (64, 4), (256, 16)):
+        if rows <= most:
+            return -(-rows // step) * step
+    return -(-rows // 64) * 64
 
 
 INT8_STEP = 32

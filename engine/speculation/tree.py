@@ -4,8 +4,6 @@ A rule sees a node's followers in the order in which they are to be taken: drawn
 where the target will judge by rejection, the likeliest first where its own choice decides. It decides
 whether to take one more before it sees it; what was taken stays: a node that was drawn and then
 dropped, or siblings that were sorted, would bias the output (speculation.md, section 5.3).
-
-DySpec: arXiv 2410.11744. OPT-Tree: arXiv 2406.17276.
 """
 
 from __future__ import annotations
@@ -14,8 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 
@@ -26,7 +23,6 @@ from engine.types import InvalidRequest
 MOST_NODES = 64
 """A node's ancestors are told as one word of bits."""
 MOST_CHILDREN = 32
-_NOTHING = 1e-6  # probability: what is left of a law after this is rounding
 
 Budget = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
 Depth = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
@@ -146,8 +142,7 @@ def rule(name: str) -> Callable[[R], R]:
 
 def rules() -> dict[str, Rule]:
     """Every rule by name."""
-    import engine.speculation.c2t
-    import engine.speculation.goodput_tree  # noqa: F401  (registration happens on import)
+    from engine.speculation import c2t, dyspec, goodput_tree, opt_tree  # noqa: F401  (they register themselves)
 
     return dict(_RULES)
 
@@ -170,149 +165,3 @@ def tree_options(name: str, options: Mapping[str, Any] | None) -> TreeOptions:
 def describe_trees() -> dict[str, Any]:
     """JSON schema of every rule's options, by name."""
     return {name: msgspec.json.schema(each.Options) for name, each in sorted(rules().items())}
-
-
-class DySpecOptions(TreeOptions, frozen=True):
-    """DySpec's."""
-
-    growth: Annotated[
-        Literal["layers", "greedy"],
-        msgspec.Meta(
-            description="layers: a draft pass for each layer, of what reaches the threshold; greedy: always "
-            "the likeliest place next, a draft pass for each node that gets children"
-        ),
-    ] = "layers"
-    threshold: Annotated[
-        Share | None, msgspec.Meta(description="the least chance of a place in a layer; null: 1 / budget")
-    ] = None
-
-
-@dataclass
-class _Places(Growth):
-    """A heap of places: nodes where one more may be taken, by the chance that the target gets there."""
-
-    followers: dict[int, Followers] = field(default_factory=dict)
-    left: dict[int, float] = field(default_factory=dict)  # by node: what of the law is not taken
-    heap: list[tuple[float, int]] = field(default_factory=list)  # (-chance, node)
-
-    def _open(self, node: int) -> None:
-        heappush(self.heap, (-self.worth(node), node))
-
-    def _take(self) -> int | None:
-        """One follower at the best place; the node, or None if there is no more to take there."""
-        chance, node = heappop(self.heap)
-        following = next(self.followers[node].order, None)
-        if following is None:
-            return None
-        token, prob = following
-        left = self.left.get(node, 1.0)
-        share = min(prob / left, 1.0)
-        self.left[node] = left - prob
-        if self.left[node] > _NOTHING:
-            heappush(self.heap, (chance * (1 - share), node))
-        return self.add(token, node, -chance * share)
-
-
-@dataclass
-class _Layers(_Places):
-    layer: list[int] = field(default_factory=lambda: [-1])
-
-    def wants(self) -> list[int]:
-        return self.layer if self.room > 0 else []
-
-    def grow(self, found: Mapping[int, Followers]) -> None:
-        self.followers, self.heap = dict(found), []
-        for node in found:
-            self._open(node)
-        threshold = 1 / self.options.budget if self.options.threshold is None else self.options.threshold
-        layer = []
-        while self.heap and self.room > 0 and -self.heap[0][0] >= threshold:
-            new = self._take()
-            if new is not None and self.value[new] >= threshold and self.depths[new] < self.deepest:
-                layer.append(new)
-        self.layer = layer
-
-
-@dataclass
-class _Greedy(_Places):
-    def wants(self) -> list[int]:
-        if not self.followers:
-            return [-1]
-        while self.heap and self.room > 0:
-            node = self.heap[0][1]
-            if node not in self.followers:
-                return [node]
-            new = self._take()
-            if new is not None and self.depths[new] < self.deepest:
-                self._open(new)
-        return []
-
-    def grow(self, found: Mapping[int, Followers]) -> None:
-        if not self.followers:
-            self._open(-1)
-        self.followers.update(found)
-
-
-@rule("dyspec")
-class DySpec(Rule):
-    Options, draws, reads = DySpecOptions, True, False
-
-    def start(self, options: Any, most: int, deepest: int) -> Growth:
-        kind = _Layers if options.growth == "layers" else _Greedy
-        return kind(options, most, deepest)
-
-
-class OptTreeOptions(TreeOptions, frozen=True):
-    """OPT-Tree's."""
-
-    width: Annotated[
-        Budget | None,
-        msgspec.Meta(description="nodes of a layer that are drafted on from; null: as many as the budget"),
-    ] = None
-    delta: Annotated[
-        float,
-        msgspec.Meta(
-            ge=0,
-            le=MOST_NODES,
-            description="end when a layer adds less to the tokens expected to be accepted",
-        ),
-    ] = 0.1
-
-
-@dataclass
-class _OptTree(Growth):
-    layer: list[int] = field(default_factory=lambda: [-1])
-    expected: float = 0.0  # tokens, of the best tree so far
-    drafted: int = 0  # nodes that have been read
-
-    def wants(self) -> list[int]:
-        return self.layer
-
-    def grow(self, found: Mapping[int, Followers]) -> None:
-        """Every candidate is kept until the end: of a tree that nobody draws, the best part may be chosen."""
-        width = min(self.options.width or max(2, self.most // self.options.max_depth), self.most)
-        ways = [
-            (self.worth(node) * prob, token, node)
-            for node, followers in found.items()
-            for _, (token, prob) in zip(range(self.most), followers.order, strict=False)
-        ]
-        ways.sort(key=lambda way: -way[0])
-        new = [self.add(token, node, value) for value, token, node in ways[: self.most]]
-        best = sum(sorted(self.value, reverse=True)[: self.most])
-        gained, self.expected = best - self.expected, best
-        self.drafted += len([node for node in found if node >= 0])
-        more = gained >= self.options.delta and bool(new) and self.depths[new[0]] < self.deepest
-        # What the draft reads of the tree must fit where the tree's KV is.
-        self.layer = new[: min(width, self.most - self.drafted)] if more else []
-
-    def kept(self) -> list[int]:
-        best = sorted(range(len(self.tokens)), key=lambda node: (-self.value[node], node))[: self.most]
-        return sorted(best)  # no node is worth more than its parent
-
-
-@rule("opt_tree")
-class OptTree(Rule):
-    Options, draws, reads = OptTreeOptions, False, False
-
-    def start(self, options: Any, most: int, deepest: int) -> Growth:
-        return _OptTree(options, most, deepest)

@@ -17,6 +17,7 @@ from lossless.toys import different, toy_engine, twins
 from torch import Tensor
 
 import engine.core
+import engine.passes
 import engine.speculation.verifier
 from engine.core import Engine
 from engine.models.runner import Chunk
@@ -224,7 +225,7 @@ def test_target_kv_rolled_back_wrong_by_one(monkeypatch: Patch, offset: int):
         return Chunk(tokens, start + offset * wrong.get(id(blocks), (blocks, False))[1], blocks, *rest)
 
     _after_commit(monkeypatch, mark)
-    monkeypatch.setattr(engine.core, "Chunk", chunk)
+    monkeypatch.setattr(engine.passes, "Chunk", chunk)
     must_fail(Case(PAIR, SamplingParams(max_tokens=4), spec(sl=2), block_size=16))
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from engine import client_worker
+from engine import client_process, client_worker
 from engine.client import EngineClient
 from engine.types import EngineUnavailable
 from server import http1
@@ -135,7 +135,7 @@ def test_the_pod_is_given_time_to_drain(overlay: str) -> None:
     before = int(SERVER["lifecycle"]["preStop"]["exec"]["command"][-1])
     grace = inspect.signature(client_worker.WorkerEngine).parameters["grace"].default
     needed = before + float(settings_of(overlay)["DISCO_SHUTDOWN_SECONDS"]) + http1.LATE_SECONDS
-    assert POD["spec"]["terminationGracePeriodSeconds"] >= needed + grace + client_worker._REAP
+    assert POD["spec"]["terminationGracePeriodSeconds"] >= needed + grace + client_process._REAP
 
 
 def test_selectors_meet_the_pods_labels() -> None:

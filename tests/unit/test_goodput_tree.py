@@ -1,0 +1,127 @@
+"""The goodput tree's economics: a node and a layer are drafted while they pay, and only then."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engine.sequence import Sequence
+from engine.speculation.costs import Costs
+from engine.speculation.drafters.base import RowDraft
+from engine.speculation.goodput_tree import Chances, Economy, GoodputGrowth, GoodputTable
+from engine.speculation.tree import Followers, TreeOptions, tree_options
+from engine.types import GenerateRequest, SamplingParams
+
+
+class Sure(Chances):
+    """Every product is the chance itself."""
+
+    def read(self, joint: float, kind: int) -> float:
+        return joint
+
+
+def economy(node: float, layer: float) -> Economy:
+    """Of one row, in tokens: a node more, a draft pass."""
+    return Economy(1.0, 1, node * np.arange(100), np.full(65, layer))
+
+
+def grown(laws: list[list[float]], costs: Economy, drawn: bool = False, budget: int = 16) -> GoodputGrowth:
+    """Every node of depth d has the followers of laws[d], the likeliest first, or drawn in that order."""
+    growth = GoodputGrowth(TreeOptions(budget=budget), budget, len(laws), chances=Sure(), economy=costs)
+    while nodes := growth.wants():
+        found = {}
+        for node in nodes:
+            law = laws[growth.depth(node)]
+            squares = sum(p * p for p in law) if drawn else None
+            found[node] = Followers(iter(list(enumerate(law))), squares)
+        growth.grow(found)
+    return growth
+
+
+WIDE = [[0.5, 0.3, 0.2], [0.6, 0.4], [0.9, 0.1]]
+
+
+def test_what_is_free_is_drafted_up_to_the_budget() -> None:
+    growth = grown(WIDE, economy(0.0, 0.0))
+    assert len(growth.tokens) == 16 and max(growth.depths) == 3  # 3, 6 and 7 of 12
+    assert len(grown(WIDE, economy(0.0, 0.0), budget=4).tokens) == 4
+
+
+def test_nodes_that_do_not_pay_for_their_place_are_left_out() -> None:
+    growth = grown(WIDE, economy(0.25, 0.0))
+    assert growth.parents == [-1, -1, 0] and growth.tokens == [0, 1, 0]  # .5, .3, then .3 of .5
+
+
+def test_a_tree_shrinks_to_a_chain_and_to_its_root_layer() -> None:
+    assert grown(WIDE, economy(0.21, 0.1)).parents == [-1, -1, 0]
+    assert grown(WIDE, economy(0.21, 0.2)).parents == [-1, -1]  # .7 of .5 are hoped for: less than .41
+    chain = grown([[0.9, 0.1]] * 5, economy(0.15, 0.3))
+    assert chain.parents == [-1, 0, 1, 2, 3]
+    assert grown([[0.9, 0.1]] * 5, economy(0.15, 0.45)).parents == [-1, 0]
+
+
+def test_of_what_is_drawn_only_the_expected_probability_decides() -> None:
+    """The unlikely one was drawn first: it stays, and the next one is asked for as what is left deserves."""
+    law = [[0.1, 0.9]]
+    assert grown(law, economy(0.5, 0.0), drawn=True).tokens == [0, 1]
+    assert grown([[0.9, 0.1]], economy(0.2, 0.0), drawn=True).tokens == [0]
+    assert grown(law, economy(0.83, 0.0), drawn=True).tokens == []  # .82 is expected
+
+
+def test_chances_are_learned_where_nodes_were_judged() -> None:
+    chances = Chances()
+    before = chances.read(0.5, 0)
+    for _ in range(300):
+        chances.learn([0.5, 0.02], [False, True], 0)
+    assert chances.read(0.5, 0) < 0.1 < before and chances.read(0.02, 0) > 0.8
+    assert chances.read(0.5, 1) == pytest.approx(Chances().read(0.5, 1))  # another class of temperature
+    assert all(math.isfinite(chances.read(p, 0)) for p in (0.0, 1e-12, 1.0))
+
+
+def row(name: str = "a") -> Sequence:
+    request = GenerateRequest(id=name, prompt_ids=(1,), params=SamplingParams(temperature=0))
+    return Sequence(request, 0, True, "goodput_tree", "none", tree_options("goodput_tree", {}), 16)
+
+
+def table(layer_seconds: float) -> GoodputTable:
+    """Of an engine that gives ten tokens a second at 0.1 s a pass of the target."""
+    draft, verify, made = Costs(), Costs(), GoodputTable()
+    for n in (1, 64):
+        draft.know(n, n, layer_seconds)
+        verify.know(1, n, 0.1 + 0.0001 * n)
+    made.load.observe(1, 10, 1.0)
+    made.load.refresh(draft, verify, 1)
+    return made
+
+
+def iterate(made: GoodputTable, seq: Sequence, times: int) -> list[bool]:
+    """Whether the row grew a tree, in so many iterations of a draft that is sure of nothing."""
+    found = []
+    for _ in range(times):
+        found.append(made.limits([seq])[0] > 0)
+        if found[-1]:
+            growth = GoodputGrowth(seq.options, 32, 8)
+            made.begin([(seq, growth)])
+            while nodes := growth.wants():
+                growth.grow({node: Followers(iter([(7, 0.02), (8, 0.01)])) for node in nodes})
+            made.grown([(seq, growth)])
+            made.judged(seq, RowDraft(growth.tokens, parents=growth.parents, joint=growth.products), ())
+    return found
+
+
+def test_a_row_whose_trees_do_not_pay_rests_and_tries_now_and_then() -> None:
+    dear = iterate(table(0.5), row(), 200)
+    assert dear[0] and sum(dear) < 30 and any(dear[100:])
+    assert sum(iterate(table(0.0), row(), 50)) > sum(dear[:50])
+
+
+def test_what_is_learned_is_shared_and_a_row_is_forgotten() -> None:
+    made, seq = table(0.01), row()
+    iterate(made, seq, 3)
+    assert seq.id in made._rows and made.shared()["goodput_tree"]["seen"].sum() > 0
+    made.give_back(seq)
+    assert not made._rows
+    assert made.shared()["goodput_tree"]["seen"].dtype == torch.float32
