@@ -1,7 +1,7 @@
-"""DySpec (arXiv 2410.11744): a place is a node where one more follower may be drawn.
+"""DySpec (arXiv 2410.11744): a place is a node where one more follower may be taken, the likeliest first.
 
-The likeliest come first; a place's chance is that of the target getting there: the node's own, less what
-followers before have taken.
+The chance of a place is that the target gets to the node and takes none of those before. Where the next
+follower is known, since nobody draws it, it is the follower's own chance: the paper draws always.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from engine.speculation.tree import Followers, Growth, Rule, Share, TreeOptions, rule
-
-_NOTHING = 1e-6  # probability: what is left of a law after this is rounding
+from engine.speculation.tree import NOTHING, Followers, Growth, Place, Rule, Share, TreeOptions, rule
 
 
 class DySpecOptions(TreeOptions, frozen=True):
@@ -29,34 +27,39 @@ class DySpecOptions(TreeOptions, frozen=True):
         ),
     ] = "layers"
     threshold: Annotated[
-        Share | None, msgspec.Meta(description="the least chance of a place in a layer; null: 1 / budget")
+        Share | None,
+        msgspec.Meta(
+            description="the least chance of a place in a layer; null: 1 / budget, "
+            "half of it where nothing is drawn"
+        ),
     ] = None
 
 
 @dataclass
 class _Places(Growth):
-    """A heap of places: nodes where one more may be taken, by the chance that the target gets there."""
+    """A heap of places by the chance that the target gets there."""
 
-    followers: dict[int, Followers] = field(default_factory=dict)
-    left: dict[int, float] = field(default_factory=dict)  # by node: what of the law is not taken
-    heap: list[tuple[float, int]] = field(default_factory=list)  # (-chance, node)
+    heap: list[tuple[float, int, Place]] = field(default_factory=list)  # (-chance, when it came, place)
+    came: int = 0
 
-    def _open(self, node: int) -> None:
-        heappush(self.heap, (-self.worth(node), node))
+    def _open(self, node: int, followers: Followers) -> None:
+        self._push(Place(node, self.worth(node), followers))
+
+    def _push(self, place: Place) -> None:
+        chance = place.worth * (place.left if place.drawn else place.expected())
+        if chance > NOTHING:
+            self.came += 1
+            heappush(self.heap, (-chance, self.came, place))
 
     def _take(self) -> int | None:
         """One follower at the best place; the node, or None if there is no more to take there."""
-        chance, node = heappop(self.heap)
-        following = next(self.followers[node].order, None)
+        place = heappop(self.heap)[2]
+        following = place.take()
         if following is None:
             return None
+        self._push(place)
         token, prob = following
-        left = self.left.get(node, 1.0)
-        share = min(prob / left, 1.0)
-        self.left[node] = left - prob
-        if self.left[node] > _NOTHING:
-            heappush(self.heap, (chance * (1 - share), node))
-        return self.add(token, node, -chance * share)
+        return self.add(token, place.node, place.worth * prob)
 
 
 @dataclass
@@ -67,10 +70,13 @@ class _Layers(_Places):
         return self.layer if self.room > 0 else []
 
     def grow(self, found: Mapping[int, Followers]) -> None:
-        self.followers, self.heap = dict(found), []
-        for node in found:
-            self._open(node)
-        threshold = 1 / self.options.budget if self.options.threshold is None else self.options.threshold
+        self.heap = []
+        for node, followers in found.items():
+            self._open(node, followers)
+        drawn = any(followers.squares is not None for followers in found.values())
+        threshold = (1.0 if drawn else 0.5) / self.options.budget
+        if self.options.threshold is not None:
+            threshold = self.options.threshold
         layer = []
         while self.heap and self.room > 0 and -self.heap[0][0] >= threshold:
             new = self._take()
@@ -81,22 +87,25 @@ class _Layers(_Places):
 
 @dataclass
 class _Greedy(_Places):
+    """Of a node that nobody has drafted on from only its own chance is known: it waits by that."""
+
+    asked: list[int] = field(default_factory=lambda: [-1])
+    waiting: list[tuple[float, int]] = field(default_factory=list)  # (-chance, node)
+
     def wants(self) -> list[int]:
-        if not self.followers:
-            return [-1]
-        while self.heap and self.room > 0:
-            node = self.heap[0][1]
-            if node not in self.followers:
-                return [node]
-            new = self._take()
-            if new is not None and self.depths[new] < self.deepest:
-                self._open(new)
-        return []
+        return self.asked
 
     def grow(self, found: Mapping[int, Followers]) -> None:
-        if not self.followers:
-            self._open(-1)
-        self.followers.update(found)
+        for node, followers in found.items():
+            self._open(node, followers)
+        self.asked = []
+        while self.room > 0 and (self.heap or self.waiting):
+            if self.waiting and (not self.heap or self.waiting[0] < self.heap[0][:2]):
+                self.asked = [heappop(self.waiting)[1]]
+                return
+            new = self._take()
+            if new is not None and self.depths[new] < self.deepest:
+                heappush(self.waiting, (-self.value[new], new))
 
 
 @rule("dyspec")

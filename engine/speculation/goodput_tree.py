@@ -26,10 +26,9 @@ from torch import Tensor
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import RowDraft
 from engine.speculation.estimator import CLASSES, EDGES, KNOTS, LOW, MEMORY, PRIORS, STRENGTH
-from engine.speculation.tree import Followers, Growth, Rule, TreeOptions, rule
+from engine.speculation.tree import NOTHING, Followers, Growth, Place, Rule, TreeOptions, rule
 from engine.speculation.tree_table import TreeTable
 
-_NOTHING = 1e-6  # probability
 _YIELD = 0.7  # of a layer's chances, what the layer behind it adds, before anything was seen
 _SLOW = 0.1  # weight of what was just seen
 _LONGEST_REST = 32  # iterations without a tree before one is tried again
@@ -119,7 +118,7 @@ class GoodputGrowth(Growth):
 
     def grow(self, found: Mapping[int, Followers]) -> None:
         places = [
-            _Place(self.products[node] if node >= 0 else 1.0, node, each) for node, each in found.items()
+            Place(node, self.products[node] if node >= 0 else 1.0, each) for node, each in found.items()
         ]
         heap = [(-self._hoped(place), at) for at, place in enumerate(places)]
         heapify(heap)
@@ -128,8 +127,8 @@ class GoodputGrowth(Growth):
             place = places[heap[0][1]]
             if (following := place.take()) is not None:
                 token, prob = following
-                self.products.append(place.joint * prob)
-                new.append(self.add(token, place.node, self.chances.read(place.joint * prob, self.kind)))
+                self.products.append(place.worth * prob)
+                new.append(self.add(token, place.node, self.chances.read(place.worth * prob, self.kind)))
             heapreplace(heap, (-self._hoped(place), heap[0][1]))
         gave = sum(self.value[node] for node in new)
         if self.layers:
@@ -137,10 +136,10 @@ class GoodputGrowth(Growth):
         self.layers += 1
         self.layer = self._next(new)
 
-    def _hoped(self, place: _Place) -> float:
+    def _hoped(self, place: Place) -> float:
         """Tokens that one more follower there is expected to add."""
         prob = place.expected()
-        return self.chances.read(place.joint * prob, self.kind) if prob > _NOTHING else 0.0
+        return self.chances.read(place.worth * prob, self.kind) if prob > NOTHING else 0.0
 
     def _next(self, new: list[int]) -> list[int]:
         """The nodes that the next pass is to read, if it pays: the likeliest first."""
@@ -155,41 +154,6 @@ class GoodputGrowth(Growth):
         """Tokens that the tree is expected to add, less what it costs."""
         costs = self.layers * self.economy.layer(1) + sum(map(self.economy.node, range(len(self.tokens))))
         return sum(self.value) - costs
-
-
-@dataclass
-class _Place:
-    """A node whose followers may be taken."""
-
-    joint: float
-    node: int
-    followers: Followers
-    left: float = 1.0
-    squares: float = 0.0  # of the probabilities that are not taken
-    head: tuple[int, float] | None = None
-
-    def __post_init__(self) -> None:
-        self.squares = self.followers.squares or 0.0
-        if self.followers.squares is None:
-            self.head = next(self.followers.order, None)
-
-    def expected(self) -> float:
-        """The probability of the next follower; of one that is still to be drawn the expected one."""
-        if self.followers.squares is None:
-            return 0.0 if self.head is None else self.head[1]
-        return max(self.squares, 0.0) / self.left if self.left > _NOTHING else 0.0
-
-    def take(self) -> tuple[int, float] | None:
-        if self.followers.squares is None:
-            taken, self.head = self.head, next(self.followers.order, None)
-            return taken
-        drawn = next(self.followers.order, None)
-        if drawn is None:  # more are not told of one node
-            self.left = 0.0
-            return None
-        self.left -= drawn[1]
-        self.squares -= drawn[1] ** 2
-        return drawn
 
 
 @rule("goodput_tree")

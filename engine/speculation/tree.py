@@ -23,6 +23,7 @@ from engine.types import InvalidRequest
 MOST_NODES = 64
 """A node's ancestors are told as one word of bits."""
 MOST_CHILDREN = 32
+NOTHING = 1e-6  # probability: what is left of a law after this is rounding
 
 Budget = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
 Depth = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
@@ -38,6 +39,47 @@ class Followers:
     squares: float | None = None  # the sum of all probabilities' squares if they are drawn; else None
     entropy: float = 0.0  # nats, over the whole vocabulary, at temperature 1, as `top`
     top: Seq[float] = ()  # the ten largest probabilities
+
+
+@dataclass
+class Place:
+    """A node where one more follower may be taken. `worth`: what the way to it is worth, to its rule."""
+
+    node: int
+    worth: float
+    followers: Followers
+    left: float = 1.0  # of the law's mass, what is not taken
+    _squares: float = 0.0  # of the probabilities that are not taken
+    _head: tuple[int, float] | None = None  # the next one, where it is no secret
+
+    def __post_init__(self) -> None:
+        self._squares = self.followers.squares or 0.0
+        if not self.drawn:
+            self._head = next(self.followers.order, None)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether nobody may know the next follower before it is taken."""
+        return self.followers.squares is not None
+
+    def expected(self) -> float:
+        """The probability of the next follower, 0 if there is none; the expected one where it is drawn."""
+        if not self.drawn:
+            return 0.0 if self._head is None else self._head[1]
+        return max(self._squares, 0.0) / self.left if self.left > NOTHING else 0.0
+
+    def take(self) -> tuple[int, float] | None:
+        """Token and probability."""
+        if not self.drawn:
+            taken, self._head = self._head, next(self.followers.order, None)
+            return taken
+        found = next(self.followers.order, None)
+        if found is None:  # more are not told of one node
+            self.left = 0.0
+            return None
+        self.left -= found[1]
+        self._squares -= found[1] ** 2
+        return found
 
 
 class TreeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -43,7 +43,8 @@ async def client(app_of: Callable[[str], FastAPI]) -> AsyncIterator[httpx.AsyncC
 async def test_numbers(client: httpx.AsyncClient, path: str, name: str) -> None:
     for number in NUMBERS:
         response = await client.post(path, json=BODIES[path][1] | {name: number})
-        assert response.status_code in (200, 400), response.text
+        late = {504} if name == "timeout" else set()  # a time that is over at once
+        assert response.status_code in {200, 400} | late, response.text
         if response.status_code == 400:
             assert response.json()["error"]["param"] == name
 
