@@ -100,7 +100,9 @@ class Scheduler:
         for seq, (sl, reason) in zip(decoding, limits(decoding) if decoding else [], strict=True):
             if seq.status == "running":
                 self._place(rows, PlanRow(seq, 1, sl, reason, decodes=True))
-        budget = max(self._budget - sum(row.tokens + row.sl for row in rows), MIN_CHUNK)
+        # A tree may have many times the nodes that it will have: it is charged as a chain would be.
+        charged = sum(row.tokens + min(row.sl, row.seq.max_sl) for row in rows)
+        budget = max(self._budget - charged, MIN_CHUNK)
         for seq in list(self.running):
             if seq.status == "running" and not seq.decodes and budget > 0:
                 take = min(seq.pending, budget)

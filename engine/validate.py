@@ -117,6 +117,9 @@ def _speculation(speculation: SpeculationParams, info: ModelInfo) -> None:
             "speculation.drafter",
             "drafter_unavailable",
         )
+    if speculation.drafter in rules() and speculation.drafter not in info.drafters:
+        message = f"drafter {speculation.drafter!r} cannot draft here: it needs a draft model"
+        raise InvalidRequest(message, "speculation.drafter", "drafter_unavailable")
     if speculation.drafter is not None and speculation.drafter not in info.drafters:
         raise InvalidRequest(
             f"unknown drafter {speculation.drafter!r}; this server has: {', '.join(info.drafters)}",

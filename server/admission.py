@@ -193,17 +193,14 @@ class Admission:
                 stop(shutting_down("the answer did not end in time"))
 
     def _room(self, share: Share, sequences: int) -> bool:
-        """Whether so many more of this key may wait: while the queue is not full, and beyond that, up to
-        twice its length, where the key has less than an even part of it: no other key can keep it out."""
+        """Whether so many more of this key may wait: while the queue is not full, and beyond that where the
+        key has less than an even part of it: no other keys, and no one large request, can keep it out."""
         over = self._reserved + len(self._waiting) + sequences - self._free - self._most
-        return over <= 0 or (
-            over <= self._most and share.waiting + sequences <= self._most // self._keys(share)
-        )
+        return over <= 0 or share.waiting + sequences <= max(1, self._most // self._keys(share))
 
     def _room_for_tokens(self, share: Share, tokens: int) -> bool:
         over = self._tokens + tokens - self._most_tokens
-        part = self._most_tokens // self._keys(share)
-        return over <= 0 or (over <= self._most_tokens and share.waiting_tokens + tokens <= part)
+        return over <= 0 or share.waiting_tokens + tokens <= self._most_tokens // self._keys(share)
 
     def _keys(self, share: Share) -> int:
         """Keys that wait, this one included."""

@@ -59,7 +59,7 @@ class Tally:
             ("iterations (target passes)", str(told.iterations)),
             ("drafted, accepted", f"{told.drafted}, {told.accepted}"),
             ("acceptance rate", _ratio(told.accepted, told.drafted, ".3f")),
-            ("mean SL", _ratio(told.drafted, told.iterations, ".2f")),
+            ("mean SL", _ratio(told.lookahead, told.iterations, ".2f")),
             ("mean emitted per iteration", _ratio(told.emitted, told.iterations, ".2f")),
             ("drafting stopped by", ", ".join(f"{why} {n}" for why, n in sorted(self.stops.items())) or "-"),
             ("draft, verify", f"{told.draft_seconds:.3f} s, {told.verify_seconds:.3f} s"),

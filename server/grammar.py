@@ -77,7 +77,7 @@ class GrammarCompiler:
         self._bytes = 0
         self._lanes = _Lane(min(1.0, seconds), 512 << 20), _Lane(seconds, 1536 << 20)
         self._asked: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by key
-        self._starting = asyncio.Lock()
+        self._begun: asyncio.Task[None] | None = None
         self._forks: _Forks | None = None
         self._closed = self._unfit = False
 
@@ -141,24 +141,29 @@ class GrammarCompiler:
             raise EngineUnavailable(why) from error
 
     async def _ready(self) -> _Forks:
-        async with self._starting:
-            if self._closed:
-                raise EngineUnavailable("the server is closing")
-            if self._forks is None or not self._forks.alive():
-                self._end()
-                self._forks = _Forks(self._tokenizer, self._vocab_size())
-                try:
-                    unfit = await self._forks.start()
-                except (EOFError, OSError, TimeoutError) as error:
-                    self._end()
-                    raise EngineUnavailable("the grammar compiler does not start") from error
-                except asyncio.CancelledError:
-                    self._end()
-                    raise
-                if unfit is not None:
-                    log.warning("no structured output: %s", unfit)
-                    self._unfit = True
-            return self._forks
+        """Starts the process if need be. The start is everybody's: who leaves meanwhile does not end it."""
+        if self._closed:
+            raise EngineUnavailable("the server is closing")
+        living = self._forks is not None and self._forks.alive()
+        if self._begun is None or (self._begun.done() and not living):
+            self._begun = asyncio.create_task(self._begin())
+            self._begun.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._begun)
+        if self._forks is None:
+            raise EngineUnavailable("the grammar compiler died: try again")
+        return self._forks
+
+    async def _begin(self) -> None:
+        self._end()
+        self._forks = _Forks(self._tokenizer, self._vocab_size())
+        try:
+            unfit = await self._forks.start()
+        except (EOFError, OSError, TimeoutError) as error:
+            self._end()
+            raise EngineUnavailable("the grammar compiler does not start") from error
+        if unfit is not None:
+            log.warning("no structured output: %s", unfit)
+            self._unfit = True
 
     def _keep(self, key: str, found: CompiledGrammar | str) -> None:
         self._kept[key] = found
@@ -196,6 +201,9 @@ class _Forks:
         """Why it cannot compile anything, if so. Raises EOFError, OSError, TimeoutError."""
         with self._theirs:
             await asyncio.to_thread(self._process.start)
+        if self._ended:  # meanwhile, when there was no process to end yet
+            self._kill()
+            raise ConnectionError("the processes were ended")
         return (await self.ask(Ask("ready", "", seconds=_START_SECONDS))).refused
 
     def alive(self) -> bool:
@@ -235,8 +243,11 @@ class _Forks:
         for line in self._lines:
             line.transport.abort()
         if self._process.pid is not None:
-            self._process.kill()
-            self._process.join()
+            self._kill()
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
 def _run(control: socket.socket, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def read(file: Path) -> list[Key]:
         match = _LINE.fullmatch(text)
         if match is None:
             raise BadKeys(f"{file}, line {place}: not 'NAME sha256:HEX'; `disco-serve key` makes such lines")
-        keys.append(Key(match["name"] or f"line-{place}", bytes.fromhex(match["digest"])))
+        keys.append(Key(match["name"] or f"key-{match['digest'][:8]}", bytes.fromhex(match["digest"])))
     return keys
 
 
@@ -138,4 +139,8 @@ def _stamp(file: Path) -> tuple[int, ...]:
         status = os.stat(file)
     except OSError as error:
         raise BadKeys(f"{file}: {_why(error)}") from error
+    if not (
+        stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    ):  # reading a pipe would wait for its writer
+        raise BadKeys(f"{file}: it is not a regular file")
     return status.st_mtime_ns, status.st_size, status.st_ino

@@ -6,7 +6,7 @@ Costs are seconds as the engine meets them, host and device together. Policies d
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -106,7 +106,10 @@ class Costs:
         """
         if not self._known:
             return None
-        nearest = min({r for r, _ in self._known}, key=lambda r: (abs(r - _ceiling(_ROWS, rows)), r))
+        sizes_of = Counter(r for r, _ in self._known)
+        # One size alone tells nothing of smaller and larger ones, if others do.
+        told = [r for r, count in sizes_of.items() if count > 1] or list(sizes_of)
+        nearest = min(told, key=lambda r: (abs(r - _ceiling(_ROWS, rows)), r))
         sizes = sorted(t for r, t in self._known if r == nearest)
         seconds = np.minimum.accumulate([self._known[nearest, t].seconds for t in sizes[::-1]])[::-1]
         slope = 0.0

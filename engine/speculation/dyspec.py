@@ -1,6 +1,6 @@
-"""DySpec (arXiv 2410.11744): a place is a node where one more follower may be taken, the likeliest first.
+"""DySpec (arXiv 2410.11744): an opening is a node where one more follower may be taken, the likeliest first.
 
-The chance of a place is that the target gets to the node and takes none of those before. Where the next
+The chance of an opening is that the target gets to the node and takes none of those before. Where the next
 follower is known, since nobody draws it, it is the follower's own chance: the paper draws always.
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from engine.speculation.tree import NOTHING, Followers, Growth, Place, Rule, Share, TreeOptions, rule
+from engine.speculation.tree import NOTHING, Followers, Growth, Opening, Rule, Share, TreeOptions, rule
 
 
 class DySpecOptions(TreeOptions, frozen=True):
@@ -23,47 +23,47 @@ class DySpecOptions(TreeOptions, frozen=True):
         Literal["layers", "greedy"],
         msgspec.Meta(
             description="layers: a draft pass for each layer, of what reaches the threshold; greedy: always "
-            "the likeliest place next, a draft pass for each node that gets children"
+            "the likeliest opening next, a draft pass for each node that gets children"
         ),
     ] = "layers"
     threshold: Annotated[
         Share | None,
         msgspec.Meta(
-            description="the least chance of a place in a layer; null: 1 / budget, "
+            description="the least chance of an opening in a layer; null: 1 / budget, "
             "half of it where nothing is drawn"
         ),
     ] = None
 
 
 @dataclass
-class _Places(Growth):
-    """A heap of places by the chance that the target gets there."""
+class _Openings(Growth):
+    """A heap of openings by the chance that the target gets there."""
 
-    heap: list[tuple[float, int, Place]] = field(default_factory=list)  # (-chance, when it came, place)
+    heap: list[tuple[float, int, Opening]] = field(default_factory=list)  # (-chance, when it came, opening)
     came: int = 0
 
     def _open(self, node: int, followers: Followers) -> None:
-        self._push(Place(node, self.worth(node), followers))
+        self._push(Opening(node, self.worth(node), followers))
 
-    def _push(self, place: Place) -> None:
-        chance = place.worth * (place.left if place.drawn else place.expected())
+    def _push(self, opening: Opening) -> None:
+        chance = opening.worth * (opening.left if opening.drawn else opening.expected())
         if chance > NOTHING:
             self.came += 1
-            heappush(self.heap, (-chance, self.came, place))
+            heappush(self.heap, (-chance, self.came, opening))
 
     def _take(self) -> int | None:
-        """One follower at the best place; the node, or None if there is no more to take there."""
-        place = heappop(self.heap)[2]
-        following = place.take()
+        """One follower at the best opening; the node, or None if there is no more to take there."""
+        opening = heappop(self.heap)[2]
+        following = opening.take()
         if following is None:
             return None
-        self._push(place)
+        self._push(opening)
         token, prob = following
-        return self.add(token, place.node, place.worth * prob)
+        return self.add(token, opening.node, opening.worth * prob)
 
 
 @dataclass
-class _Layers(_Places):
+class _Layers(_Openings):
     layer: list[int] = field(default_factory=lambda: [-1])
 
     def wants(self) -> list[int]:
@@ -86,7 +86,7 @@ class _Layers(_Places):
 
 
 @dataclass
-class _Greedy(_Places):
+class _Greedy(_Openings):
     """Of a node that nobody has drafted on from only its own chance is known: it waits by that."""
 
     asked: list[int] = field(default_factory=lambda: [-1])

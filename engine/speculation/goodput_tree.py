@@ -26,7 +26,7 @@ from torch import Tensor
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import RowDraft
 from engine.speculation.estimator import CLASSES, EDGES, KNOTS, LOW, MEMORY, PRIORS, STRENGTH
-from engine.speculation.tree import NOTHING, Followers, Growth, Place, Rule, TreeOptions, rule
+from engine.speculation.tree import NOTHING, Followers, Growth, Opening, Rule, TreeOptions, rule
 from engine.speculation.tree_table import TreeTable
 
 _YIELD = 0.7  # of a layer's chances, what the layer behind it adds, before anything was seen
@@ -117,29 +117,29 @@ class GoodputGrowth(Growth):
         return self.layer
 
     def grow(self, found: Mapping[int, Followers]) -> None:
-        places = [
-            Place(node, self.products[node] if node >= 0 else 1.0, each) for node, each in found.items()
+        openings = [
+            Opening(node, self.products[node] if node >= 0 else 1.0, each) for node, each in found.items()
         ]
-        heap = [(-self._hoped(place), at) for at, place in enumerate(places)]
+        heap = [(-self._hoped(opening), at) for at, opening in enumerate(openings)]
         heapify(heap)
         new: list[int] = []
         while self.room > 0 and heap and -heap[0][0] > self.economy.node(len(self.tokens)):
-            place = places[heap[0][1]]
-            if (following := place.take()) is not None:
+            opening = openings[heap[0][1]]
+            if (following := opening.take()) is not None:
                 token, prob = following
-                self.products.append(place.worth * prob)
-                new.append(self.add(token, place.node, self.chances.read(place.worth * prob, self.kind)))
-            heapreplace(heap, (-self._hoped(place), heap[0][1]))
+                self.products.append(opening.worth * prob)
+                new.append(self.add(token, opening.node, self.chances.read(opening.worth * prob, self.kind)))
+            heapreplace(heap, (-self._hoped(opening), heap[0][1]))
         gave = sum(self.value[node] for node in new)
         if self.layers:
             self.yields.learn(sum(self.worth(node) for node in found), gave)
         self.layers += 1
         self.layer = self._next(new)
 
-    def _hoped(self, place: Place) -> float:
+    def _hoped(self, opening: Opening) -> float:
         """Tokens that one more follower there is expected to add."""
-        prob = place.expected()
-        return self.chances.read(place.worth * prob, self.kind) if prob > NOTHING else 0.0
+        prob = opening.expected()
+        return self.chances.read(opening.worth * prob, self.kind) if prob > NOTHING else 0.0
 
     def _next(self, new: list[int]) -> list[int]:
         """The nodes that the next pass is to read, if it pays: the likeliest first."""
@@ -189,6 +189,9 @@ class GoodputTable(TreeTable):
         super().give_back(seq)
         self._rows.pop(seq.id, None)
 
+    def learns(self, seq: Sequence) -> bool:
+        return True
+
     def limits(self, rows: Seq[Sequence]) -> list[int]:
         budgets = super().limits(rows)
         return [
@@ -206,8 +209,10 @@ class GoodputTable(TreeTable):
         return row.rest > 0
 
     def begin(self, trees: Seq[tuple[Sequence, Growth]]) -> None:
-        rows = max(int(self.load.rows), 1)
-        economy = Economy(float(self.load.rate), rows, self.load.verify.numpy(), self.load.draft.numpy())
+        rows, verify = max(int(self.load.rows), 1), self.load.verify.numpy()
+        plain = float(verify[min(rows, len(verify) - 1)])  # seconds without drafts: the rate is no less
+        rate = max(float(self.load.rate), rows / plain if plain > 0 else 0.0)
+        economy = Economy(rate, rows, verify, self.load.draft.numpy())
         for row, growth in trees:
             assert isinstance(growth, GoodputGrowth)
             kind = bisect_left(EDGES, row.params.temperature)

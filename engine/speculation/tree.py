@@ -42,7 +42,7 @@ class Followers:
 
 
 @dataclass
-class Place:
+class Opening:
     """A node where one more follower may be taken. `worth`: what the way to it is worth, to its rule."""
 
     node: int

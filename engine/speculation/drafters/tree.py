@@ -194,7 +194,7 @@ class _Tree:
         self.heat = options.draft_temperature or row.params.temperature or _COOL
         self.nodes: list[int] = []
         self.laws: dict[int, Tensor] = {}
-        self.unsound = False
+        self.unsound = self.failed = False
         self._before = row.draft_kv_len
         self._read: dict[int, int] = {}  # by node, its place among those read
         self._seen: dict[int, int] = {-1: 0}  # by node, bits of the places of its ancestors and itself
@@ -253,6 +253,7 @@ class _Tree:
 
     def forget(self) -> None:
         """After a fault nobody knows what the draft has read."""
+        self.failed = True
         self._read = {}
         self.row.draft_kv_len = self._before
 
@@ -281,10 +282,16 @@ class _Tree:
         ):
             draft.parents = None  # a chain, whose KV lies where it belongs
             self.row.draft_kv_len += len([at for at in draft.read if at >= 0])
-        if self.unsound:
-            draft.stop_reason = "drafter"
-        elif len(order) < growth.most:
-            draft.stop_reason = "policy"
-        elif growth.most == growth.options.budget:  # else the room ended it, as the row knows
-            draft.stop_reason = "cap"
+        draft.stop_reason = self._reason(len(order))
         return draft
+
+    def _reason(self, nodes: int) -> str | None:
+        """Why the tree has no more; None where that is what bounded its nodes from the start."""
+        growth, options = self.growth, self.growth.options
+        if self.unsound or self.failed:
+            return "drafter"
+        if nodes >= growth.most:
+            return "cap" if growth.most == options.budget else None
+        if max(growth.depths, default=0) < growth.deepest:
+            return "policy"
+        return "cap" if growth.deepest in (options.max_depth, self.row.max_sl) else "room"
