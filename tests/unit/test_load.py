@@ -18,7 +18,7 @@ def made(table: dict[tuple[int, int], float]) -> Costs:
 
 def test_tables_say_what_cost_says() -> None:
     draft = made({(1, 1): 1.0, (4, 4): 2.0})
-    verify = made({(1, 1): 10.0, (1, 9): 12.0, (1, 17): 20.0, (4, 8): 30.0})
+    verify = made({(1, 1): 10.0, (1, 9): 12.0, (1, 17): 20.0, (4, 8): 30.0, (4, 16): 40.0})
     load = Load(CPU)
     load.refresh(draft, verify, 1)
     assert load.rows == 1 and load.draft[0] == 0 and load.draft[1] == 1 and load.draft[4] == 2
@@ -27,6 +27,13 @@ def test_tables_say_what_cost_says() -> None:
     load.refresh(draft, verify, 3)
     assert float(load.verify[8]) == 30.0 and load.rows == 3
     assert load.draft.shape == (ROWS + 1,) and load.verify.shape == (TOKENS + 1,)
+
+
+def test_one_size_alone_prices_no_other() -> None:
+    """A full tree, say, is all that two rows have met: what less costs is read off other numbers of rows."""
+    load = Load(CPU)
+    load.refresh(Costs(), made({(1, 1): 10.0, (1, 16): 20.0, (2, 32): 50.0}), 2)
+    assert float(load.verify[2]) < float(load.verify[9]) < float(load.verify[16]) == 20.0
 
 
 def test_more_tokens_never_cost_less() -> None:
