@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
+from engine.kv.pool import moves
 from engine.models.runner import Chunk
 from engine.scheduler import PlanRow
 
@@ -28,12 +29,6 @@ def tail(row: PlanRow, count: int) -> Tensor:
 
 def moves_of(rows: Seq[PlanRow], size: int) -> list[tuple[int, int]]:
     """Slots (from, to), for blocks of `size`: behind a tree's accepted way slot is to be position again."""
-    found = []
-    for row in rows:
-        at, blocks = row.seq.kv_len + row.tokens, row.seq.blocks
-        for to, k in enumerate(row.path):
-            if to != k:
-                start, end = at + k, at + to
-                pair = blocks[start // size] * size + start % size, blocks[end // size] * size + end % size
-                found.append(pair)
-    return found
+    return [
+        pair for row in rows for pair in moves(row.seq.blocks, row.seq.kv_len + row.tokens, row.path, size)
+    ]

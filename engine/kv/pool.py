@@ -71,6 +71,15 @@ class KVPool:
             part.index_copy_(1, to, part.index_select(1, at))
 
 
+def moves(blocks: Seq[int], base: int, places: Seq[int], size: int) -> list[tuple[int, int]]:
+    """Slots (from, to), in a row's blocks of `size`: what lies at base + places[i] is to come to base + i."""
+
+    def slot(at: int) -> int:
+        return blocks[at // size] * size + at % size
+
+    return [(slot(base + at), slot(base + to)) for to, at in enumerate(places) if at != to]
+
+
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a CPU the system's own zero pages, which take memory only once they are written."""
     if device.type != "cpu":

@@ -188,18 +188,24 @@ def options_of(name: str, options: Mapping[str, Any] | None) -> msgspec.Struct:
     if name not in known:
         message = f"unknown policy {name[:64]!r}; known: {', '.join(sorted(known))}"
         raise InvalidRequest(message, "speculation.policy", "unknown_policy")
-    kind = known[name].Options
+    return converted(known[name].Options, f"policy {name!r}", options)
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def converted(kind: type[S], owner: str, options: Mapping[str, Any] | None) -> S:
+    """The options of `owner`, checked. Raises InvalidRequest naming what would be valid."""
     valid = kind.__struct_fields__
     unknown = sorted(set(options or {}) - set(valid))
     if unknown:
-        message = f"policy {name!r} has no option {unknown[0][:64]!r}; valid: {', '.join(valid) or 'none'}"
+        message = f"{owner} has no option {unknown[0][:64]!r}; valid: {', '.join(valid) or 'none'}"
         raise InvalidRequest(message, "speculation.options", "unknown_option")
     try:
         return msgspec.convert(dict(options or {}), kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(
-            f"options of policy {name!r}: {error}", "speculation.options", "invalid_option"
-        ) from error
+        message = f"options of {owner}: {error}"
+        raise InvalidRequest(message, "speculation.options", "invalid_option") from error
 
 
 def refusals(equipment: Equipment) -> dict[str, str]:

@@ -16,9 +16,8 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 
-from engine.speculation.policy import Equipment
+from engine.speculation.policy import Equipment, converted
 from engine.speculation.tree_table import TreeTable
-from engine.types import InvalidRequest
 
 MOST_NODES = 64
 """A node's ancestors are told as one word of bits."""
@@ -191,17 +190,7 @@ def rules() -> dict[str, Rule]:
 
 def tree_options(name: str, options: Mapping[str, Any] | None) -> TreeOptions:
     """Validated options of the tree drafter. Raises InvalidRequest naming what would be valid."""
-    kind = rules()[name].Options
-    valid = kind.__struct_fields__
-    unknown = sorted(set(options or {}) - set(valid))
-    if unknown:
-        message = f"drafter {name!r} has no option {unknown[0][:64]!r}; valid: {', '.join(valid)}"
-        raise InvalidRequest(message, "speculation.options", "unknown_option")
-    try:
-        return msgspec.convert(dict(options or {}), kind)
-    except msgspec.ValidationError as error:
-        message = f"options of drafter {name!r}: {error}"
-        raise InvalidRequest(message, "speculation.options", "invalid_option") from error
+    return converted(rules()[name].Options, f"drafter {name!r}", options)
 
 
 def describe_trees() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from lossless.toy_heads import toy_heads
+from toy_traces import ending
 
 from classifiers import simulate, traces
 from classifiers.chains import Chains
@@ -89,11 +89,7 @@ class Recorded:
 @pytest.fixture(scope="module", params=[None, SEED], ids=["greedy", "coupled"])
 def recorded(request: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     seed, directory = request.param, tmp_path_factory.mktemp("recorded")
-    target = directory / "target"
-    shutil.copytree(tiny_llama, target)
-    for name in ("config.json", "generation_config.json"):
-        told = json.loads((target / name).read_text())
-        (target / name).write_text(json.dumps(told | {"eos_token_id": list(ENDS)}))
+    target = ending(tiny_llama, directory / "target", ENDS)
     data = directory / "texts.jsonl"
     data.write_text("".join(json.dumps({"category": "a", "text": text}) + "\n" for text in TEXTS))
     options = CollectOptions(

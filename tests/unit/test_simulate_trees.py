@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lossless.toy_heads import toy_heads
+from toy_traces import ending
 from typer.testing import CliRunner
 
 from classifiers import traces
@@ -59,11 +59,7 @@ class Recorded:
 @pytest.fixture(scope="module", params=[None, SEED], ids=["greedy", "coupled"])
 def recorded(request: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     seed, directory = request.param, tmp_path_factory.mktemp("trees")
-    target = directory / "target"
-    shutil.copytree(tiny_llama, target)
-    for name in ("config.json", "generation_config.json"):
-        told = json.loads((target / name).read_text())
-        (target / name).write_text(json.dumps(told | {"eos_token_id": list(ENDS)}))
+    target = ending(tiny_llama, directory / "target", ENDS)
     data = directory / "texts.jsonl"
     data.write_text("".join(json.dumps({"category": "a", "text": text}) + "\n" for text in TEXTS))
     given: dict[str, Any] = {"temperature": 0.0 if seed is None else 1.0, "seed": seed or 0}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +137,12 @@ def taught(recorded: Path, out: Path, kind: Kind = "disco", **options: Any) -> P
     quick: dict[str, Any] = {"epochs": 6, "widths": (8,) if kind in ("disco", "c2t") else ()}
     told = {"traces": (recorded,), "kind": kind, "out": out, "costs": COSTS, **quick, **options}
     return train(TrainOptions(**told), QUIET)
+
+
+def ending(model: Path, to: Path, ends: Sequence[int]) -> Path:
+    """A copy of the model that ends at any of these tokens."""
+    shutil.copytree(model, to)
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((to / name).read_text())
+        (to / name).write_text(json.dumps(told | {"eos_token_id": list(ends)}))
+    return to

@@ -128,9 +128,9 @@ def agreed(draft: RowDraft, chosen: Seq[int]) -> tuple[Seq[int], int]:
 
 @dataclass
 class Drafted:
-    """What came of a draft: a chain for each row, and what steps of it cost, (rows, seconds) each.
+    """What came of a draft, by row, and what steps of it cost: (tokens read, seconds) each.
 
-    `fault`: what ended it; the chains hold what was sampled until then.
+    `fault`: what ended it; the drafts hold what was sampled until then.
     """
 
     rows: list[RowDraft]

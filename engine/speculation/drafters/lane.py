@@ -27,7 +27,6 @@ from engine.speculation.noise import coupled_state, draws_state
 from engine.speculation.policy import Need, Signals
 
 _MIXES = 16  # of policies, for which a lane keeps graphs
-_TINY = 1e-3  # a temperature
 log = logging.getLogger(__name__)
 
 
@@ -255,8 +254,7 @@ class Lane:
                 assert self._kept is not None
                 kept = self._kept.view(-1, self._vocab), i * self._most_sl, row.params.temperature
             draft = RowDraft(tokens, kept=kept, stop_reason=REASONS[answer[4 + size + i]])
-            # Its law was not finite: NaN, unless a tiny temperature made infinity of it.
-            draft.unsound = draft.stop_reason == "drafter" and not 0 < row.params.temperature < _TINY
+            draft.unsound = draft.stop_reason == "drafter"  # its law was not finite
             drafts.append(draft)
         # The host may have come late to the first answer; from the second on it waits for the device.
         steady = len(times) - 2

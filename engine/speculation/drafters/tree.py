@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engine.kv.pool import moves
 from engine.models.runner import Branches, Chunk
 from engine.sampling import Place, plain, scaled_logits
 from engine.sequence import Sequence
@@ -85,14 +86,9 @@ class TreeDrafter:
         """Keeps the draft's KV of the accepted way; before the row gets its tokens."""
         known = [draft.read[k] for k in path if draft.read[k] >= 0]  # parents are read before their children
         base = row.draft_kv_len
-        pairs = [(self._slot(row, base + at), self._slot(row, base + to)) for to, at in enumerate(known)]
-        if moves := [pair for pair in pairs if pair[0] != pair[1]]:
-            self._chains.runner.move(moves)
+        if pairs := moves(row.blocks, base, known, self._chains.block_size):
+            self._chains.runner.move(pairs)
         row.draft_kv_len = base + len(known)
-
-    def _slot(self, row: Sequence, at: int) -> int:
-        size = self._chains.block_size
-        return row.blocks[at // size] * size + at % size
 
     def _deepest(self, row: Sequence) -> int:
         room = min(
