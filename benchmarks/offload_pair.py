@@ -1,4 +1,7 @@
-"""An offloaded target of a large shape, made in memory from a small checkpoint, and a draft: one engine."""
+"""A target of a large shape, made in memory from a small checkpoint, and a draft: one engine.
+
+What of the target does not fit on the GPU is offloaded.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from engine.models.offload import CudaMover, LayerStream, PlainMover, Slot
 from engine.models.pinned import pinned
 from engine.models.placing import Placement, check_host, place, plan
 from engine.offloading import host_memory
-from engine.pairing import heads_of, load_draft_model
+from engine.pairing import heads_of, load_draft_model, named_heads
 from engine.parts import _runner, assemble
 
 _CHUNK = 2**30
@@ -97,7 +100,7 @@ def engine_of(
         vocab=vocab,
         eos_ids=load.eos_token_ids(wide, tokenizer),
         dtype=str(dtype).removeprefix("torch."),
-        heads=heads_of({}, pair, draft),
+        heads=heads_of(named_heads(config), pair, draft),
     )
     parts.pair = pair
     engine = Engine(config, parts)

@@ -77,7 +77,9 @@ def generate(
     iterations: dict[str, list[tuple[int, int]]] = {name: [] for name in ids}
     begin = 0.0
     while engine.has_work():
-        events = engine.step()[0]
+        events, stats = engine.step()
+        if stats.speculation_faults:  # the rest would be measured without a draft
+            raise SystemExit(f"a drafter failed, see the log: {stats.speculation_faults}")
         begin = begin or (time.perf_counter() if events else 0.0)
         for event in events:
             if event.error is not None:

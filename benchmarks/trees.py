@@ -1,13 +1,15 @@
 """Token trees beside chains on one pair: tokens a pass of the target, and time per token, by budget.
 
-    python benchmarks/trees.py --target smollm2 --draft default [--temperatures 0 0.6 1]
+    python benchmarks/trees.py --target smollm2 --draft default [--shape 7b] [--temperatures 0 0.6 1]
         [--budgets 8 16 32 64] [--per-task 3] [--tokens 64] [--repeats 2] [--unseeded] [--head FILE]...
         [--json out/trees.json]
 
 Batch 1, settings interleaved prompt by prompt. A chain of as many tokens as a tree has nodes is verified at
 the same cost: chains of SL = budget stand beside the trees, up to the longest that is drafted at once.
 Samples are coupled (a seed for each prompt), or with --unseeded drawn by rejection. Time is from a text's
-first token to its last. Rules that learn keep what they have learned. Saved after each temperature.
+first token to its last. Rules that learn begin on a validation prompt of each task, and keep what they have
+learned. With --shape the target is widened in memory (`widen.py`): its text at the shape's cost. Saved after
+each temperature.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import offload_pair
 import record
 from play import TASKS, Text, generate, read_texts
 from policies import Played, against, ms_per_token, static
 from rich.console import Console
 from rich.table import Table
+from widen import SHAPES
 
 from engine.config import EngineConfig
 from engine.core import Engine
@@ -35,8 +39,8 @@ ALONE, GOODPUT, GOODPUT_TREE = "target only", "goodput", "goodput_tree"
 console = Console(width=170)
 
 
-def tree(drafter: str, budget: int) -> SpeculationParams:
-    return SpeculationParams(drafter=drafter, options={"budget": budget, "max_depth": min(budget, 12)})
+def tree(drafter: str, budget: int, deepest: int = 12) -> SpeculationParams:
+    return SpeculationParams(drafter=drafter, options={"budget": budget, "max_depth": min(budget, deepest)})
 
 
 def settings_of(engine: Engine, budgets: Seq[int]) -> dict[str, SpeculationParams]:
@@ -51,7 +55,7 @@ def settings_of(engine: Engine, budgets: Seq[int]) -> dict[str, SpeculationParam
             console.print(f"{kind} is left out: this engine does not serve it")
     greedy = {"growth": "greedy", "budget": min(budgets), "max_depth": min(budgets)}
     found[f"dyspec greedy {min(budgets)}"] = SpeculationParams(drafter="dyspec", options=greedy)
-    found[GOODPUT_TREE] = tree("goodput_tree", max(budgets))
+    found[GOODPUT_TREE] = tree("goodput_tree", max(budgets), max(CHAINS))
     return found
 
 
@@ -138,18 +142,24 @@ def main() -> None:
     config = EngineConfig(
         target=args.target, draft=args.draft, policy="static", heads=tuple(args.head),
         max_model_len=args.context, max_num_seqs=8, max_sl=max(CHAINS), threads=args.threads,
+        kv_blocks=None if args.shape is None else 4 * (args.context // 16 + 5),
     )  # fmt: skip
-    engine = Engine(config)
-    validation, test = read_texts(args.tasks, load_tokenizer(args.target), 1, args.per_task, args.only)
+    tokenizer, built = load_tokenizer(args.target), None
+    if args.shape is None:
+        engine = Engine(config)
+    else:
+        engine, built = offload_pair.engine_of(config, SHAPES[args.shape], tokenizer, console.print)
+    validation, test = read_texts(args.tasks, tokenizer, 1, args.per_task, args.only)
     settings = settings_of(engine, args.budgets)
     figures: dict[str, Any] = {
-        "pair": {"target": args.target, "draft": args.draft},
+        "pair": {"target": args.target, "draft": args.draft}, "widened": built,
         "sampling": "rejection" if args.unseeded else "coupled",
         "tokens": args.tokens, "per_task": args.per_task, "repeats": args.repeats, "temperatures": {},
     }  # fmt: skip
     for temperature in args.temperatures:
-        for speculation in settings.values():  # compiles, captures, learns the costs
-            generate(engine, validation[:1], args.tokens, speculation, temperature, not args.unseeded)
+        for name, speculation in settings.items():  # compiles, captures, learns the costs
+            for text in validation if name in (GOODPUT, GOODPUT_TREE) else validation[:1]:
+                generate(engine, [text], args.tokens, speculation, temperature, not args.unseeded)
         found = play(engine, test, settings, temperature, args)
         lines, pairs = rows(found, test, args.tokens), compared(found, test, args.tokens)
         figures["temperatures"][str(temperature)] = {"rows": lines, "goodput_tree_against": pairs}
@@ -168,6 +178,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--target", default="smollm2")
     parser.add_argument("--draft", default="default")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="to which the target is widened")
     parser.add_argument("--head", action="append", default=[], help="a trained head; the shipped are found")
     parser.add_argument("--tasks", type=Path, default=TASKS)
     parser.add_argument("--only", nargs="+", help="tasks; default: all in the file")

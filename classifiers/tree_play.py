@@ -10,6 +10,7 @@ from classifiers.forest import Forest, Grown
 from classifiers.step_costs import MOST, StepCosts
 from engine.speculation.costs import EngineCosts
 from engine.speculation.drafters.base import RowDraft
+from engine.speculation.policies.goodput import MOST_SL
 from engine.speculation.tree import Rule
 from engine.speculation.tree_table import TreeTable
 from engine.types import SamplingParams
@@ -32,6 +33,7 @@ class _Row:
     id: str
     options: Any
     params: SamplingParams
+    max_sl: int = MOST_SL  # of chains, of which there are none here
     slot: int = -1
 
 

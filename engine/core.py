@@ -109,7 +109,9 @@ class Engine:
         """Who stops drafts, with its options. Raises InvalidRequest."""
         if drafter in rules():
             default = self.info.default_options if drafter == self.info.default_drafter else {}
-            return "none", tree_options(drafter, default if asked.options is None else asked.options)
+            return rules()[drafter].chains, tree_options(
+                drafter, default if asked.options is None else asked.options
+            )
         policy = asked.policy or self.info.default_policy
         chains = self.info.default_drafter not in rules()
         default = self.info.default_options if chains and policy == self.info.default_policy else {}

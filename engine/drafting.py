@@ -39,11 +39,26 @@ class Drafting:
             for name, equipment in parts.equipment.items()
         }
         self.tables |= {name: each.table() for name, each in rules().items() if name in parts.drafters}
+        for table in self.tables.values():
+            if isinstance(table, TreeTable):
+                table.join(self._chains)
         self.costs = EngineCosts()
         self._lately = dict.fromkeys(parts.drafters, True)  # whether any row drafted
         self._asking = Stopwatch()  # for limits, and teaching
         self.faults = Faults()
         self._looked = time.monotonic()
+
+    @property
+    def _chains(self) -> PolicyTable:
+        """What governs the draft model's chains; KeyError without a draft model."""
+        table = self.tables["model"]
+        assert isinstance(table, PolicyTable)
+        return table
+
+    def _maker(self, name: str) -> str:
+        """Who drafts now for the rows of this drafter: those of trees may get chains."""
+        table = self.tables[name]
+        return "model" if isinstance(table, TreeTable) and table.chained else name
 
     def warm(self) -> None:
         """Readies the drafters and their tables for the configured policy."""
@@ -53,6 +68,10 @@ class Drafting:
             table.check(policy, options_of(policy, chain_options(self._config)))
             drafter.warm(table, policy, rows)
             table.warm(policy, rows)
+        default = rules().get(self._parts.info.default_drafter)
+        if default is not None and default.chains != "none":
+            self._parts.drafters["model"].warm(self._chains, default.chains, rows)
+            self._chains.warm(default.chains, rows)
 
     def check(self, drafter: str, policy: str, options: object) -> None:
         """Raises InvalidRequest for options that the policy cannot compute with."""
@@ -91,9 +110,9 @@ class Drafting:
         for name, table in self.tables.items():
             while mine := [seq for seq in decoding if seq.drafter == name and self._trusted(seq)]:
                 try:
-                    table.load.refresh(
-                        self.costs.drafts[name], self.costs.verify, len(decoding), mix(decoding)
-                    )
+                    for each in {name, "model"} if name in rules() else (name,):
+                        draft, verify = self.costs.drafts[each], self.costs.verify
+                        self.tables[each].load.refresh(draft, verify, len(decoding), mix(decoding))
                     for seq in mine:
                         if seq.slot < 0:
                             table.take(seq)
@@ -127,12 +146,12 @@ class Drafting:
         room = min(
             seq.params.max_tokens - seq.generated - 1, left, self._parts.drafters[seq.drafter].room(seq)
         )
-        if seq.drafter in rules() and min(seq.max_sl, room) > 0:  # they bound the tree's depth
+        if self._maker(seq.drafter) in rules() and min(seq.max_sl, room) > 0:  # they bound the tree's depth
             return min((wish, "policy"), (max(left, 0), "room"), key=lambda bound: bound[0])
         return min((wish, "policy"), (seq.max_sl, "cap"), (max(room, 0), "room"), key=lambda bound: bound[0])
 
-    def begin(self, rows: list[PlanRow]) -> list[tuple[list[PlanRow], Drafts]]:
-        """A chain for every row that may draft; what the drafter has not seen of it is read first."""
+    def begin(self, rows: list[PlanRow]) -> list[tuple[str, list[PlanRow], Drafts]]:
+        """A draft for every row that may have one; what the drafter has not seen of it is read first."""
         for row in rows:
             row.draft.stop_reason = row.sl_reason
         begun = []
@@ -151,7 +170,9 @@ class Drafting:
                 seqs, limits = [row.seq for row in chosen], [row.sl for row in chosen]
                 read = [seq.draft_kv_len for seq in seqs]
                 try:
-                    begun.append((chosen, drafter.begin(seqs, limits, self.tables[name])))
+                    maker = self._maker(name)
+                    wait = self._parts.drafters[maker].begin(seqs, limits, self.tables[maker])
+                    begun.append((maker, chosen, wait))
                 except Exception as error:
                     self._fell(name, error, seqs, read)
         return begun
@@ -171,7 +192,7 @@ class Drafting:
 
     def finish(self, flight: Flight) -> None:
         """Waits for the drafts that were begun."""
-        for chosen, wait in flight.drafts:
+        for maker, chosen, wait in flight.drafts:
             drafted = self._drafted(chosen, wait)
             for row, draft in zip(chosen, drafted.rows, strict=True):
                 draft.stop_reason = draft.stop_reason or row.sl_reason
@@ -179,7 +200,7 @@ class Drafting:
                 if row.seq.constraint is not None and draft.parents is None:  # trees are drafted under it
                     row.seq.constraint.trim(row.seq, draft)
             for count, seconds in drafted.steps:
-                self.costs.drafts[chosen[0].seq.drafter].observe(count, count, seconds)
+                self.costs.drafts[maker].observe(count, count, seconds)
 
     def _drafted(self, rows: list[PlanRow], wait: Drafts) -> Drafted:
         """What came of a draft, after a fault without those rows' trust in it."""

@@ -26,12 +26,12 @@ class Asked:
 
 @dataclass
 class Flight:
-    """An iteration under way. `drafts`: rows, and what waits for their chains; `logits`: the target's."""
+    """An iteration under way. `drafts`: who drafts, for whom, what waits for it; `logits`: the target's."""
 
     rows: list[PlanRow]
     begin: float  # seconds of the host's clock, as are the next three
     planned: float  # when the rows were chosen
-    drafts: list[tuple[list[PlanRow], Drafts]] = field(default_factory=list)
+    drafts: list[tuple[str, list[PlanRow], Drafts]] = field(default_factory=list)
     drafted: float = 0.0  # when the drafts were there and the target's pass was queued
     verified: float = 0.0
     asked: Asked = field(default_factory=Asked)

@@ -208,7 +208,10 @@ def _filtered(source: random.Random, sizes: Sizes) -> Ask:
         {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2},
         {"presence_penalty": 0.7, "frequency_penalty": 0.4}, {"bad_words": ["the", "a"]}, {"min_tokens": 4},
     )  # fmt: skip
-    return _any(source, sizes, **source.choice(filters))
+    ask, chosen = _any(source, sizes), source.choice(filters)
+    if least := chosen.get("min_tokens"):
+        chosen = {"min_tokens": min(least, ask.body[_LIMITS[ask.path]])}
+    return Ask(ask.path, ask.body | chosen)
 
 
 def _best(source: random.Random, sizes: Sizes) -> Ask:

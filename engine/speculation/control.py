@@ -58,10 +58,10 @@ class PolicyTable:
         for state in self._states.values():
             state.temperatures = self._heat
 
-    def take(self, seq: Sequence) -> None:
+    def take(self, seq: Sequence, options: object = None) -> None:
         """Gives the sequence a slot, reset to its options or as it was put aside.
 
-        The caller keeps to `slots` sequences at a time.
+        The caller keeps to `slots` sequences at a time. `options`: the policy's, if not the sequence's.
         """
         seq.slot = self._free.pop()
         self._limits.pop(seq.slot, None)
@@ -70,7 +70,7 @@ class PolicyTable:
         self._heat[seq.slot] = seq.params.temperature
         state = self._states[seq.policy]
         with blamed(seq.policy):
-            self._policies[seq.policy].reset(state, seq.slot, seq.options)
+            self._policies[seq.policy].reset(state, seq.slot, seq.options if options is None else options)
         for name, value in (seq.policy_state or {}).items():
             state.tensors[name][seq.slot] = value
         seq.policy_state = None

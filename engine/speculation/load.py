@@ -54,6 +54,10 @@ class Load:
         sums = seen.setdefault(min(rows, ROWS), [0.0, 0.0])
         sums[0], sums[1] = _MEMORY * sums[0] + emitted, _MEMORY * sums[1] + seconds
 
+    def step(self, rows: int) -> float:
+        """`draft` of so many rows, on the host."""
+        return float(self._values[min(rows, ROWS)])
+
     def refresh(self, draft: Costs, verify: Costs, rows: int, mix: Mix = frozenset()) -> None:
         """Before an iteration of `rows` decoding rows."""
         self._iteration += 1

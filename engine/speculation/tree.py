@@ -149,6 +149,7 @@ class Rule(Protocol):
     Options: ClassVar[type[TreeOptions]]
     draws: ClassVar[bool]  # whether followers are drawn from the draft's law where the target rejects
     reads: ClassVar[bool]  # whether it reads `entropy` and `top`
+    chains: ClassVar[str] = "none"  # the policy that stops its rows' chains, if they get any
 
     def missing(self, equipment: Equipment) -> str | None:
         """Why an engine with this equipment has no such drafter, or None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from engine.speculation.drafters.base import RowDraft
 from engine.speculation.load import Load
 from engine.speculation.stopwatch import Stopwatch
 
+if TYPE_CHECKING:
+    from engine.speculation.control import PolicyTable
+
 
 class TreeTable:
     """Trees end by their own rule: `limits` are their budgets, and there is nothing to teach."""
@@ -20,6 +23,15 @@ class TreeTable:
     def __init__(self) -> None:
         self.load = Load(torch.device("cpu"))
         self.asked_while_drafting = Stopwatch()
+
+    @property
+    def chained(self) -> bool:
+        """Whether rows are to get chains of the draft model now; `limits` are then their lengths."""
+        return False
+
+    def join(self, chains: PolicyTable) -> None:
+        """This governs the draft model's chains, if rows are to get any."""
+        return None
 
     def take(self, seq: Sequence) -> None:
         seq.slot = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_fused_gpu import BLOCK, BLOCKS, VOCAB, engine, make, poisoned, texts
 from engine.models.reference import ReferenceRunner
 from engine.models.runner import Batch, Branches, Chunk
 from engine.speculation.drafters.base import RowDraft
+from engine.speculation.goodput_tree import Rest
 from engine.types import SamplingParams, SpeculationParams
 
 pytestmark = pytest.mark.gpu
@@ -124,6 +126,22 @@ def test_text_is_the_targets_whatever_tree_in_float32(params: SamplingParams) ->
         assert found == alone, speculation
         assert drafted > 0 and accepted > 0, speculation
     assert texts(made, params, TREES + fused_gpu.SPECULATIONS)[0] == alone
+    assert not made._drafting.faults.total
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "seeded"])
+def test_text_is_the_targets_where_trees_and_chains_take_turns(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = itertools.count()
+    monkeypatch.setattr(Rest, "rests", lambda rest, pays: next(turns) % 3 > 0)
+    made = engine(torch.float32)
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=60, ignore_eos=True)
+    alone, *_ = texts(made, params, [SpeculationParams(drafter="none")])
+    found, drafted, accepted = texts(made, params, [tree("goodput_tree", budget=24)])
+    assert found == alone and drafted > 0 and accepted > 0
+    assert texts(made, params, TREES + fused_gpu.SPECULATIONS)[0] == alone
+    assert not made._drafting.faults.total
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7], ids=["greedy", "seeded"])
@@ -154,4 +172,4 @@ def test_the_lane_walks_trees_as_the_verifier_does(temperature: float) -> None:
     lane.begin = checked  # type: ignore[method-assign]
     for speculation in TREES:
         texts(made, params, [speculation], rows=1)
-    assert same > 20
+    assert same > 20 and not made._drafting.faults.total

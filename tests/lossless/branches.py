@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import torch
+from fixed_costs import fix_costs
 from lossless.law import sequence_law
 from lossless.toys import Pair, run, tokens_of, toy_engine
 from torch import Tensor
@@ -143,7 +144,7 @@ class Case:
             len(self.prompt) + self.params.max_tokens + (self.speculation.options or {}).get("budget", 0)
         )
         blocks = self.width * (-(-longest // self.block_size) + 1)
-        return toy_engine(
+        engine = toy_engine(
             self.pair,
             random=random,
             eos=self.eos,
@@ -151,6 +152,8 @@ class Case:
             block_size=self.block_size,
             rows=self.width,
         )
+        fix_costs(engine)  # what pays by a clock is no branch
+        return engine
 
     def target_law(self) -> dict[tuple[int, ...], float]:
         return sequence_law(self.pair.target, self.prompt, self.params, self.eos)

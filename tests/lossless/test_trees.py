@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 import pytest
 import torch
+from fixed_costs import fix_costs
 from lossless.branches import Case, assert_same_law, check, output_law
 from lossless.chi_square import ALPHA, output_p_value
 from lossless.coupled import EVERY_TREE, check_identity, requests, spec, tree
@@ -21,6 +22,7 @@ from engine.core import Engine
 from engine.kv.pool import KVPool, LayerShape
 from engine.models.runner import Branches
 from engine.speculation.drafters.base import RowDraft
+from engine.speculation.goodput_tree import Rest
 from engine.speculation.noise import RandomSource
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
 
@@ -35,6 +37,9 @@ KINDS = {
 }
 
 
+WIDTHS = {"goodput": 1}  # what a row teaches changes the next one's trees: a replay needs its own engine
+
+
 def asks(kind: str, budget: int, depth: int = 3, **options: object) -> SpeculationParams:
     return tree(**{**KINDS[kind], "budget": budget, "max_depth": depth, **options})  # type: ignore[arg-type]
 
@@ -44,7 +49,7 @@ def asks(kind: str, budget: int, depth: int = 3, **options: object) -> Speculati
 def test_every_branch(kind: str, budget: int):
     shapes = set[tuple[int, int]]()
     check(
-        Case(PAIR, SamplingParams(max_tokens=3), asks(kind, budget, 2)),
+        Case(PAIR, SamplingParams(max_tokens=3), asks(kind, budget, 2), width=WIDTHS.get(kind, 128)),
         lambda events: shapes.update((e.drafted, e.accepted) for e in events),
     )
     assert any(drafted > 2 or budget == 2 for drafted, _ in shapes)  # more than the depth: siblings
@@ -53,7 +58,8 @@ def test_every_branch(kind: str, budget: int):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vocabulary_of_four_and_depth(kind: str):
-    check(Case(different(4), SamplingParams(max_tokens=4, top_k=3), asks(kind, 4, 3)))
+    params = SamplingParams(max_tokens=4, top_k=3)
+    check(Case(different(4), params, asks(kind, 4, 3), width=WIDTHS.get(kind, 128)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +77,34 @@ def test_a_vocabulary_of_four_and_depth(kind: str):
 def test_sampling_parameters(kind: str, params: dict[str, object]):
     asked = asks(kind, 4, draft_temperature=1.3)
     eos = (1,) if "min_tokens" in params else ()
-    check(Case(PAIR, SamplingParams(max_tokens=4, sampling_method="rejection", **params), asked, eos=eos))
+    sampling = SamplingParams(max_tokens=4, sampling_method="rejection", **params)
+    check(Case(PAIR, sampling, asked, eos=eos, width=WIDTHS.get(kind, 128)))
+
+
+@pytest.mark.parametrize("resting", [(True,), (True, False), (False, True), (True, True, False)], ids=str)
+def test_every_branch_of_chains_and_trees_in_turn(resting: tuple[bool, ...], monkeypatch: Patch):
+    """A goodput tree that rests gets a chain; each goes on in the other's KV."""
+    turn = {"at": -1}
+
+    def rests(rest: Rest, pays: bool) -> bool:
+        turn["at"] += 1
+        return resting[turn["at"] % len(resting)]
+
+    def build(random: RandomSource) -> Engine:
+        turn["at"] = -1
+        made = toy_engine(PAIR, random=random)
+        fix_costs(made)
+        return made
+
+    monkeypatch.setattr(Rest, "rests", rests)
+    drafted = set[int]()
+    request = GenerateRequest(
+        id="", prompt_ids=(0, 1, 2), params=SamplingParams(max_tokens=4), speculation=asks("goodput", 4, 2)
+    )
+    found = output_law(build, [request], 1, lambda events: drafted.update(e.drafted for e in events))
+    law = sequence_law(PAIR.target, request.prompt_ids, request.params)
+    assert_same_law(found, {(tokens,): p for tokens, p in law.items()})
+    assert drafted
 
 
 @pytest.mark.parametrize("kind", ["layers", "greedy"])

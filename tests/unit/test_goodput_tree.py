@@ -11,7 +11,8 @@ import torch
 from engine.sequence import Sequence
 from engine.speculation.costs import Costs
 from engine.speculation.drafters.base import RowDraft
-from engine.speculation.goodput_tree import Chances, Economy, GoodputGrowth, GoodputTable
+from engine.speculation.goodput_growth import Chances, Economy, GoodputGrowth
+from engine.speculation.goodput_tree import GoodputTable, Rest
 from engine.speculation.tree import Followers, TreeOptions, tree_options
 from engine.types import GenerateRequest, SamplingParams
 
@@ -44,9 +45,9 @@ def grown(laws: list[list[float]], costs: Economy, drawn: bool = False, budget: 
 WIDE = [[0.5, 0.3, 0.2], [0.6, 0.4], [0.9, 0.1]]
 
 
-def test_what_is_free_is_drafted_up_to_the_budget() -> None:
+def test_what_is_free_is_drafted_while_it_is_worth_its_share_of_the_budget() -> None:
     growth = grown(WIDE, economy(0.0, 0.0))
-    assert len(growth.tokens) == 16 and max(growth.depths) == 3  # 3, 6 and 7 of 12
+    assert len(growth.tokens) == 15 and max(growth.depths) == 3  # 3, 6 and the 6 of 12 above 1/32
     assert len(grown(WIDE, economy(0.0, 0.0), budget=4).tokens) == 4
 
 
@@ -61,6 +62,38 @@ def test_a_tree_shrinks_to_a_chain_and_to_its_root_layer() -> None:
     chain = grown([[0.9, 0.1]] * 5, economy(0.15, 0.3))
     assert chain.parents == [-1, 0, 1, 2, 3]
     assert grown([[0.9, 0.1]] * 5, economy(0.15, 0.45)).parents == [-1, 0]
+
+
+def test_a_chain_of_cheap_steps_is_set_against_the_tree() -> None:
+    law = [[0.9, 0.1]] * 4
+
+    def lead(step: float, longest: int = 16) -> float:
+        costs = economy(0.15, 0.3)
+        costs.chain = step
+        return grown(law, costs).lead(longest)
+
+    tree = 0.9 + 0.81 + 0.729 + 0.6561 - 4 * 0.3 - 4 * 0.15
+    assert lead(math.inf) == pytest.approx(tree)  # there are no chains
+
+    def chain(step: float, length: int) -> float:
+        return sum(0.9**k - step - 0.15 for k in range(1, length + 1))
+
+    assert lead(0.3, 4) == pytest.approx(0.0)  # the tree is a chain, and costs as much
+    assert lead(0.3) == pytest.approx(tree - chain(0.3, 7))  # which the depth ended
+    assert lead(0.5) == pytest.approx(tree - chain(0.5, 4))
+    assert lead(0.1) == pytest.approx(tree - chain(0.1, 13))
+    assert lead(0.1, 5) == pytest.approx(tree - chain(0.1, 5))
+
+
+def test_trees_that_do_not_pay_are_tried_ever_less_often() -> None:
+    rest = Rest()
+    assert not any(rest.rests(True) for _ in range(5))
+    turns = "".join("-T"[not rest.rests(False)] for _ in range(200))
+    gaps = [len(gap) for gap in turns.split("T")]
+    assert gaps[:7] == [0, 1, 2, 4, 8, 16, 32] and set(gaps[7:-1]) == {32}
+    while rest.rests(True):
+        pass
+    assert "".join("-T"[not rest.rests(False)] for _ in range(5)) == "T-T--"
 
 
 def test_of_what_is_drawn_only_the_expected_probability_decides() -> None:
@@ -121,7 +154,7 @@ def test_a_row_whose_trees_do_not_pay_rests_and_tries_now_and_then() -> None:
 def test_what_is_learned_is_shared_and_a_row_is_forgotten() -> None:
     made, seq = table(0.01), row()
     iterate(made, seq, 3)
-    assert seq.id in made._rows and made.shared()["goodput_tree"]["seen"].sum() > 0
+    assert seq.id in made._leads and made.shared()["goodput_tree"]["seen"].sum() > 0
     made.give_back(seq)
-    assert not made._rows
+    assert not made._leads
     assert made.shared()["goodput_tree"]["seen"].dtype == torch.float32

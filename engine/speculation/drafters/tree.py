@@ -119,11 +119,7 @@ class TreeDrafter:
         """By one replay of a graph, if there is one for such a pass and only temperatures count."""
         lane = self._chains.tree_lane()
         easy = not self.rule.reads and all(tree.row.coupled and plain(tree.row) for tree in trees)
-        if (
-            lane is None
-            or not easy
-            or not lane.takes(sum(len(chunk.tokens) for chunk in chunks), len(chunks))
-        ):
+        if lane is None or not easy or not lane.takes(chunks):
             return None
         noisy = any(tree.row.params.temperature > 0 for tree in trees)
         told = lane.followers(

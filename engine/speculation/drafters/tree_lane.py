@@ -7,8 +7,9 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from engine.models.decode_data import MOST
+from engine.models.decode_data import MOST, sees_all
 from engine.models.fused import FusedRunner
+from engine.models.runner import Chunk
 from engine.speculation.noise import gumbel, lanes_of
 from engine.speculation.pass_lane import LaneRow, PassLane
 from engine.speculation.tree import MOST_CHILDREN
@@ -22,8 +23,12 @@ class TreeLane(PassLane):
         super().__init__(runner, vocab, torch.zeros(MOST, 2 * self._most, device=runner.device))
         self._lanes = lanes_of(vocab, runner.device)
 
-    def takes(self, tokens: int, rows: int) -> bool:
-        return max(tokens, rows) <= self._runner.decodes
+    def takes(self, chunks: Seq[Chunk]) -> bool:
+        """Whether the decoding kernel can: they are short, and branch among their own tokens alone."""
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        return tokens <= self._runner.decodes and sees_all(
+            [chunk.branches for chunk in chunks], [chunk.start for chunk in chunks]
+        )
 
     @torch.inference_mode()
     def followers(self, rows: Seq[LaneRow], noisy: bool) -> list[list[tuple[int, float]]]:

@@ -7,10 +7,14 @@ from engine.speculation.costs import EngineCosts
 
 
 def fix_costs(engine: Engine) -> None:
-    """A draft step takes a tenth of a target pass, and what is observed changes nothing."""
+    """A draft step and a tree's layer take a tenth of a target pass; what is observed changes nothing."""
     engine._drafting.costs = EngineCosts()
-    engine.costs.drafts["model"].know(1, 1, 0.001)
+    drafts = [engine.costs.drafts[name] for name in engine._tables]
+    for costs in drafts:
+        costs.know(1, 1, 0.001)
     for tokens in (1, 8, 32):
         engine.costs.verify.know(1, tokens, 0.01)
-    for costs in (engine.costs.verify, engine.costs.drafts["model"]):
+    for costs in (engine.costs.verify, *drafts):
         costs.observe = lambda rows, tokens, seconds: None  # type: ignore[method-assign]
+    for table in engine._tables.values():
+        table.load.observe = lambda *seen: None  # type: ignore[method-assign]
