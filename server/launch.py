@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.client import EngineClient
 from engine.client_worker import WorkerEngine
+from engine.heaps import few_heaps
 from engine.speculation.tree import rules
 from engine.types import EngineUnavailable
 from server import drain, logs, metrics_port, tls
@@ -42,6 +43,7 @@ def run(settings: Settings, listener: socket.socket, metrics_listener: socket.so
     Returns the exit code. Raises what `prepare` raises, BadCertificate and PortTaken, before the engine is
     started, and EngineUnavailable if it cannot load.
     """
+    few_heaps()
     certificate = None
     if settings.ssl_certfile is not None:
         certificate = tls.context(settings.ssl_certfile, settings.ssl_keyfile)

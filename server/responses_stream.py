@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-import msgspec
 from fastapi import Response
 from sse_starlette.sse import EventSourceResponse
 
 from server.http1 import LATE_SECONDS
 from server.responses_events import Event
+from server.stream import json_line
 
 
 def named_events(events: AsyncGenerator[Event, None], shutdown_seconds: float) -> Response:
@@ -23,6 +23,6 @@ async def _encoded(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes,
     number = 0
     async with aclosing(events):
         async for event in events:
-            data = msgspec.json.encode({**event, "sequence_number": number})
+            data = json_line({**event, "sequence_number": number})
             yield b"event: " + event["type"].encode() + b"\ndata: " + data + b"\n\n"
             number += 1

@@ -37,7 +37,15 @@ async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerato
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+    return b"data: " + json_line(data) + b"\n\n"
+
+
+def json_line(data: dict[str, Any]) -> bytes:
+    """JSON without what Unicode calls the end of a line: clients that split text so would cut an event."""
+    encoded = msgspec.json.encode(data)
+    for char in "\x85\u2028\u2029":
+        encoded = encoded.replace(char.encode(), rf"\u{ord(char):04x}".encode())
+    return encoded
 
 
 async def plain(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:

@@ -168,8 +168,10 @@ class GoodputGrowth(Growth):
         step, way, at = self.economy.step(), [1.0], -1
         while (at := first.get(at, -1)) >= 0:
             way.append(self.value[at])
-        while 1 < len(way) <= longest and way[-1] * (ratio := way[-1] / way[-2]) > step:
-            way.append(way[-1] * min(ratio, 1.0))
+        if self.room > 0 and len(way) > 1:  # what ended a full tree tells nothing of the draft
+            ratio = min(way[-1] / way[-2], 1.0) if way[-2] > 0 else 0.0
+            while len(way) <= longest and way[-1] * ratio > step:
+                way.append(way[-1] * ratio)
         best = total = 0.0
         for k, chance in enumerate(way[1 : longest + 1]):
             total += chance - step - self.economy.node(k)

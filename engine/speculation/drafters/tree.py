@@ -105,7 +105,7 @@ class TreeDrafter:
         """One pass of the draft over the nodes that are asked about; their followers."""
         again = getattr(self._chains.runner, "decodes", 0)
         chunks = [tree.chunk(again) for tree in trees]
-        found = self._at_once(trees, chunks)
+        found = self._on_device(trees, chunks)
         if found is None:
             logits = self._chains.forward(chunks)
             owners = [tree for tree in trees for _ in tree.nodes]
@@ -115,19 +115,21 @@ class TreeDrafter:
             tree.hear(found[at : at + len(tree.nodes)])
             at += len(tree.nodes)
 
-    def _at_once(self, trees: list[_Tree], chunks: list[Chunk]) -> list[Followers] | None:
-        """By one replay of a graph, if there is one for such a pass and only temperatures count."""
+    def _on_device(self, trees: list[_Tree], chunks: list[Chunk]) -> list[Followers] | None:
+        """By a few kernels, or one replay of a graph, if only temperatures count."""
         lane = self._chains.tree_lane()
         easy = not self.rule.reads and all(tree.row.coupled and plain(tree.row) for tree in trees)
-        if lane is None or not easy or not lane.takes(chunks):
+        if lane is None or not easy:
             return None
         noisy = any(tree.row.params.temperature > 0 for tree in trees)
-        told = lane.followers(
-            [tree.lane_row(chunk) for tree, chunk in zip(trees, chunks, strict=True)], noisy
+        at_once = lane.takes(chunks)
+        rows = [tree.lane_row(chunk, at_once) for tree, chunk in zip(trees, chunks, strict=True)]
+        told = (
+            lane.followers(rows, noisy) if at_once else lane.behind(self._chains.forward(chunks), rows, noisy)
         )
         found, at = [], 0
-        for tree, chunk in zip(trees, chunks, strict=True):
-            at += len(chunk.tokens)
+        for tree, row in zip(trees, rows, strict=True):
+            at += len(row.noise)
             mine = told[at - len(tree.nodes) : at]
             tree.unsound = tree.unsound or not all(mine)  # a law without masks is none if it is NaN
             found += [Followers(iter(each)) for each in mine]
@@ -222,10 +224,11 @@ class _Tree:
             ),
         )
 
-    def lane_row(self, chunk: Chunk) -> LaneRow:
+    def lane_row(self, chunk: Chunk, whole: bool) -> LaneRow:
+        """For all of the chunk's tokens, or without `whole` those whose followers are asked for."""
         from engine.speculation.pass_lane import LaneRow  # imports triton
 
-        row, noise = self.row, [0] * len(chunk.tokens)
+        row, noise = self.row, [0] * (len(chunk.tokens) if whole else len(self.nodes))
         noisy = row.params.temperature > 0
         if noisy:
             for i, node in enumerate(self.nodes, len(noise) - len(self.nodes)):

@@ -35,15 +35,32 @@ class TreeLane(PassLane):
         """By token of the pass: ids and probabilities, as `noise.first` gives them. `noisy`: any row is."""
         total = sum(len(row.tokens) for row in rows)
         self._begin(rows, noisy)
-        told = self._wait()[:total].tolist()
+        return self._told(self._wait()[:total])
+
+    @torch.inference_mode()
+    def behind(self, logits: Tensor, rows: Seq[LaneRow], noisy: bool) -> list[list[tuple[int, float]]]:
+        """`followers` after a pass that gave logits float[M, >= vocab] of the rows' last tokens, `len(noise)`
+        of each."""
+        states = torch.tensor([row.state for row in rows for _ in row.noise], device=logits.device)
+        keys = torch.tensor([key for row in rows for key in row.noise], device=logits.device)
+        heat = torch.tensor([row.heat for row in rows for _ in row.noise], device=logits.device)
+        return self._told(self._likeliest(logits, states, keys, heat, noisy))
+
+    def _told(self, found: Tensor) -> list[list[tuple[int, float]]]:
         most = self._most
-        return [[(int(t), p) for t, p in zip(row[:most], row[most:], strict=True) if p > 0] for row in told]
+        return [
+            [(int(t), p) for t, p in zip(row[:most], row[most:], strict=True) if p > 0]
+            for row in found.tolist()
+        ]
 
     def _follow(self, logits: Tensor, size: int, noisy: bool) -> None:
-        scores = logits[:size, : self._vocab].float() / self._heat[:size, None].clamp(min=1e-3)
+        states, keys, heat = self._states[:size], self._keys[:size], self._heat[:size]
+        self.answer[:size] = self._likeliest(logits[:size], states, keys, heat, noisy)
+
+    def _likeliest(self, logits: Tensor, states: Tensor, keys: Tensor, heat: Tensor, noisy: bool) -> Tensor:
+        """float32[M, 2 * most]: ids, then probabilities."""
+        scores = logits[:, : self._vocab].float() / heat[:, None].clamp(min=1e-3)
         if noisy:  # greedy rows have no state
-            noise = gumbel(self._keys[:size], self._lanes).float()
-            scores = torch.where((self._states[:size] != 0)[:, None], scores + noise, scores)
+            scores = torch.where((states != 0)[:, None], scores + gumbel(keys, self._lanes).float(), scores)
         best, ids = scores.topk(self._most, dim=-1)
-        self.answer[:size, : self._most] = ids
-        self.answer[:size, self._most :] = (best - scores.logsumexp(-1, keepdim=True)).exp()
+        return torch.cat([ids.float(), (best - scores.logsumexp(-1, keepdim=True)).exp()], 1)
