@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import pricing
 from engine.config import EngineConfig
 from engine.constraints import constraint_of
 from engine.drafting import Drafting
@@ -152,7 +153,7 @@ class Engine:
         seconds = time.perf_counter() - flight.begin
         if rows:
             spent = flight.draft_seconds + flight.decide_seconds + flight.verify_seconds
-            self._drafting.price(rows, flight, seconds - spent)
+            pricing.price(self.costs, rows, flight, seconds - spent)
         if self._overlaps and self._sequences:
             self._flight = self._begin()
         events = [event_of(row, flight) for row in rows if row.samples or row.failed]
@@ -209,7 +210,7 @@ class Engine:
             flight.verified, flight.at = time.perf_counter(), time.monotonic()
             flight.asked.verifying = self._drafting.seconds_asked()
             self._commit_all(rows)
-            self._drafting.observe_costs(rows, flight)
+            pricing.observe(self.costs, [table.load for table in self._tables.values()], rows, flight)
         return rows
 
     def _run_target(self, rows: list[PlanRow], flight: Flight) -> None:

@@ -6,7 +6,6 @@ Here faults of drafters and policies end: nothing is raised but what is fatal to
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from engine.config import EngineConfig
 from engine.flight import Flight
 from engine.pairing import chain_options
 from engine.parts import Parts
+from engine.pricing import mix
 from engine.scheduler import PlanRow
 from engine.sequence import Sequence
 from engine.speculation.control import PolicyTable
@@ -304,37 +304,3 @@ class Drafting:
         table = self.tables[drafter]
         mine = [row for row in rows if row.decodes and row.seq.drafter == drafter and self._trusted(row.seq)]
         return [row for row in mine if table.learns(row.seq)]
-
-    def observe_costs(self, rows: list[PlanRow], flight: Flight) -> None:
-        """Only of iterations without prefill: what verifying alone took, and what they gave."""
-        if all(row.decodes for row in rows):
-            emitted, seconds = sum(len(row.new) for row in rows), flight.verified - flight.begin
-            policies = mix([row.seq for row in rows])
-            for table in self.tables.values():
-                table.load.observe(len(rows), emitted, seconds, policies)
-            tokens = len(rows) + sum(len(row.draft.tokens) for row in rows)
-            self.costs.verify.observe(len(rows), tokens, flight.verified - flight.drafted)
-
-    def price(self, rows: list[PlanRow], flight: Flight, rest: float) -> None:
-        """Notes what a token would have cost without drafts: see `StepStats`. `rest`: seconds of the step.
-
-        Prompts that ran in the same pass would have run without drafts too: what the pass took beyond the
-        known cost of its decoding rows.
-        """
-        decoding = [row for row in rows if row.samples and row.seq.started and not row.first]
-        count = len(decoding)
-        plain = self.costs.verify.cost(count, count) if count else None
-        if plain is None:
-            return
-        flight.plain_seconds = (plain + rest) / count
-        if len(decoding) < len(rows) or not all(row.decodes for row in rows):
-            tokens = count + sum(len(row.draft.tokens) for row in decoding)
-            known = self.costs.verify.cost(count, tokens) or 0.0
-            flight.other_seconds = max(flight.verified - flight.drafted - known, 0.0) / count
-
-
-def mix(seqs: Seq[Sequence]) -> frozenset[str]:
-    """Who stops the drafts of these rows."""
-    return frozenset(
-        seq.drafter if seq.drafter == "none" or seq.drafter in rules() else seq.policy for seq in seqs
-    )
