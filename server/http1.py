@@ -46,16 +46,20 @@ class Server(uvicorn.Server):
             await asyncio.gather(waiting, return_exceptions=True)
 
 
-def _config(app: FastAPI, shutdown_seconds: float, tls: ssl.SSLContext | None) -> uvicorn.Config:
-    context: Context = app.state.context
+def protocol(context: Context) -> type[asyncio.Protocol]:
+    """What makes connections with the server's clocks and bounds."""
     settings = context.settings
     limits = Limits(
         settings.read_seconds, settings.write_seconds, settings.max_connections, settings.max_body_bytes
     )
-    protocol = partial(Protocol, count=context.metrics.http_requests, limits=limits)
+    made = partial(Protocol, count=context.metrics.http_requests, limits=limits)
+    return cast("type[asyncio.Protocol]", made)
+
+
+def _config(app: FastAPI, shutdown_seconds: float, tls: ssl.SSLContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=cast("type[asyncio.Protocol]", protocol),
+        http=protocol(app.state.context),
         ws="none",
         lifespan="on",
         log_config=None,  # server.logs has the say

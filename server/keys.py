@@ -98,6 +98,15 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
+def unfit(key: str) -> str | None:
+    """Why no client could ever send it as a bearer token, or None; nothing of the key is told."""
+    if not key.strip():
+        return "a key is empty"
+    if not re.fullmatch(r"[!-~]+", key):
+        return "a key is printable ASCII without spaces: a header carries nothing else"
+    return None
+
+
 def new() -> str:
     """A key that nobody guesses: 256 random bits."""
     return f"sk-{secrets.token_urlsafe(32)}"

@@ -22,6 +22,8 @@ def key(
     given = sys.stdin.readline().strip() if stdin else keys.new()
     if len(given) < 16:
         fail("a key has at least 16 characters: its hash must not be guessed", code=2)
+    if (reason := keys.unfit(given)) is not None:
+        fail(reason, code=2)
     try:
         line = keys.line(given, name)
     except ValueError as error:

@@ -88,7 +88,7 @@ async def _serve(
     address = _address(listener, certificate is not None)
     loading = asyncio.create_task(_watch_loading(server, engine, address, settings))
     try:
-        async with metrics_port.also_on(metrics_listener, app.state.context.metrics):
+        async with metrics_port.also_on(metrics_listener, app.state.context):
             await server.serve(sockets=[listener])
             if server.force_exit:
                 await server.left_at_once()

@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from server.context import Context
+from server.http1 import protocol
 from server.metrics import Metrics
 
 _LAST_SECONDS = 1  # for a scrape under way at the end
@@ -35,19 +37,22 @@ def exposition(metrics: Metrics, accept: str) -> Response:
 
 
 @asynccontextmanager
-async def also_on(listener: socket.socket | None, metrics: Metrics) -> AsyncIterator[None]:
-    """Serves /metrics, and nothing else, on the bound socket meanwhile; None serves nothing."""
+async def also_on(listener: socket.socket | None, context: Context) -> AsyncIterator[None]:
+    """Serves /metrics, and nothing else, on the bound socket meanwhile; None serves nothing. Clients are held
+    to the same clocks and bounds as the API's.
+    """
     if listener is None:
         yield
         return
 
     async def answer(request: Request) -> Response:
-        return exposition(metrics, request.headers.get("accept", ""))
+        return exposition(context.metrics, request.headers.get("accept", ""))
 
     app = Starlette(routes=[Route("/metrics", answer)])
     server = _Beside(
         uvicorn.Config(
             app,
+            http=protocol(context),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from engine.config import DType, EngineConfig, Offload, Quantization, RunnerKind
 from server import tools
 from server.bounds import MAX_N, MAX_SEQUENCES
+from server.keys import unfit
 from server.log_lines import LogFormat
 from server.metrics_labels import constant_labels
 
@@ -202,9 +203,10 @@ class Settings(BaseSettings):
 
     @field_validator("api_key")
     @classmethod
-    def _no_empty_key(cls, keys: list[SecretStr]) -> list[SecretStr]:
-        if any(not key.get_secret_value().strip() for key in keys):
-            raise ValueError("a key is empty")
+    def _can_be_sent(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        for key in keys:
+            if (reason := unfit(key.get_secret_value())) is not None:
+                raise ValueError(reason)
         return keys
 
     @field_validator("cors_origin")

@@ -14,12 +14,13 @@ import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI, Request
 from http_support import running
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 from test_bad_input import GOOD, check_error
 from typer.testing import CliRunner
 
 from server import keys
 from server.cli import app as command
+from server.settings import Settings
 
 MakeApp = Callable[..., FastAPI]
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-0123456789"
@@ -175,6 +176,15 @@ def test_the_command_makes_keys(tmp_path: Path) -> None:
 def test_the_command_refuses(arguments: list[str], says: str) -> None:
     result = CliRunner().invoke(command, ["key", *arguments], input="short\n")
     assert result.exit_code and says in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["clé-secrète-et-longue", "a key with its spaces", "a-tab\tand-more-of-it"])
+def test_a_key_that_nobody_could_send_is_refused_and_not_told(key: str) -> None:
+    with pytest.raises(ValidationError, match="printable ASCII") as refused:
+        Settings(api_key=[SecretStr("plain"), SecretStr(key)])
+    assert key not in str(refused.value)
+    result = CliRunner().invoke(command, ["key", "--stdin"], input=f"{key}\n")
+    assert result.exit_code == 2 and "printable ASCII" in result.stderr and key not in result.output
 
 
 @pytest.mark.usefixtures("eager")

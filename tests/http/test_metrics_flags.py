@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import socket
@@ -109,12 +110,11 @@ async def test_vllms_names_are_a_view_of_ours(make_app: MakeApp) -> None:
 
 
 async def test_a_port_of_its_own(make_app: MakeApp) -> None:
-    app = make_app(metrics_label=["replica=a"])
+    app = make_app(metrics_label=["replica=a"], read_seconds=1)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    metrics = app.state.context.metrics
-    async with running(app) as own, also_on(listener, metrics), httpx.AsyncClient() as client:
+    async with running(app) as own, also_on(listener, app.state.context), httpx.AsyncClient() as client:
         await told(own)
         answer = await client.get(f"{url}/metrics")
         assert answer.status_code == 200 and 'disco_engine_up{replica="a"} 1.0' in answer.text
@@ -122,6 +122,10 @@ async def test_a_port_of_its_own(make_app: MakeApp) -> None:
         open_metrics = {"accept": "application/openmetrics-text; version=1.0.0"}
         assert (await client.get(f"{url}/metrics", headers=open_metrics)).text.endswith("# EOF\n")
         assert (await client.get(f"{url}/v1/models")).status_code == 404
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: a\r\n")  # and no more: it is not waited for forever
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408")
+        writer.close()
     listener.close()
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), 1)
