@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.scheduler import PlanRow
 from engine.speculation.drafters.base import Drafts, Verdict
+from engine.speculation.tree import rules
 from engine.types import TokenEvent
 
 BAD_LOGITS = "the model gave NaN or infinite logits for this request"
@@ -74,7 +75,7 @@ def event_of(row: PlanRow, flight: Flight) -> TokenEvent:
         stop_token_id=row.stop_token,
         error=(row.lost or BAD_LOGITS) if row.failed else error,
         refused=refused,
-        policy="none" if seq.drafter == "none" else seq.policy,
+        policy="none" if seq.drafter in ("none", *rules()) else seq.policy,
         drafter=seq.drafter,
         iterations=iterations,
         drafted=row.draft.drafted,
