@@ -255,6 +255,8 @@ class Engine:
 
     def _settle(self, rows: list[PlanRow]) -> None:
         """Moves the KV of trees' accepted ways to where the next tokens' belongs: slot is position again."""
+        for row in rows:
+            row.settled = True
         if moves := moves_of(rows, self._blocks.block_size):
             self._parts.target.move(moves)
         self._drafting.settle(rows)

@@ -6,6 +6,8 @@ Here faults of drafters and policies end: nothing is raised but what is fatal to
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -25,6 +27,8 @@ from engine.speculation.policy import options_of
 from engine.speculation.stopwatch import Stopwatch
 from engine.speculation.tree import rules
 from engine.speculation.tree_table import TreeTable
+
+T = TypeVar("T")
 
 _LOOK = 10.0  # seconds between looks at what policies have learned
 
@@ -107,23 +111,45 @@ class Drafting:
 
     def _wishes(self, decoding: list[Sequence]) -> dict[str, int]:
         wishes: dict[str, int] = {}
-        for name, table in self.tables.items():
-            while mine := [seq for seq in decoding if seq.drafter == name and self._trusted(seq)]:
+        for name, table in self._in_turn(self.tables).items():
+            while mine := [seq for seq in decoding if self._trusted(seq) and self._asks(seq, name)]:
                 try:
-                    for each in {name, "model"} if name in rules() else (name,):
+                    for each in {name, "model"} if name in rules() else {name}:  # chains may pay more
                         draft, verify = self.costs.drafts[each], self.costs.verify
-                        self.tables[each].load.refresh(draft, verify, len(decoding), mix(decoding))
+                        load = self.tables[each].load
+                        load.refresh(draft, verify, len(decoding), mix(decoding))
                     for seq in mine:
                         if seq.slot < 0:
-                            table.take(seq)
+                            self.tables[seq.drafter].take(seq)
                     asked = table.limits(mine)
                 except Exception as error:
-                    self.faults.met(name, error)
+                    self._met(mine, error)
                     continue  # without those whose fault it was
                 wishes |= zip([seq.id for seq in mine], asked, strict=True)
-                self._lately[name] = any(map(min, asked, [seq.max_sl for seq in mine]))
+                for drafter in {seq.drafter for seq in mine}:
+                    self._lately[drafter] = any(
+                        min(wish, seq.max_sl)
+                        for seq, wish in zip(mine, asked, strict=True)
+                        if seq.drafter == drafter
+                    )
                 break
         return wishes
+
+    def _asks(self, seq: Sequence, name: str) -> bool:
+        """Whether this table is to be asked what the row may draft: its drafter's, then its chains'."""
+        return seq.drafter in self.tables and name in (seq.drafter, self._maker(seq.drafter))
+
+    @staticmethod
+    def _in_turn(by_name: Mapping[str, T]) -> dict[str, T]:
+        """The draft model's chains come last: trees' rows may join them, and nobody else may use the draft
+        while its loop runs."""
+        return dict(sorted(by_name.items(), key=lambda each: each[0] == "model"))
+
+    def _met(self, seqs: list[Sequence], error: Exception) -> None:
+        """Notes a fault of those who drafted, or decided, for these rows."""
+        to_blame = [seq for seq in seqs if not isinstance(error, PolicyFault) or error.policy == seq.policy]
+        for drafter in sorted({seq.drafter for seq in to_blame or seqs}):
+            self.faults.met(drafter, error)
 
     def _trusted(self, seq: Sequence) -> bool:
         return not (seq.mistrusted or self.faults.off(seq.drafter, seq.policy))
@@ -154,39 +180,44 @@ class Drafting:
         """A draft for every row that may have one; what the drafter has not seen of it is read first."""
         for row in rows:
             row.draft.stop_reason = row.sl_reason
-        begun = []
+        begun, ready = [], self._ready(rows)
+        for maker, drafter in self._in_turn(self._parts.drafters).items():
+            chosen = [row for row in ready if self._maker(row.seq.drafter) == maker]
+            if chosen:
+                seqs, limits = [row.seq for row in chosen], [row.sl for row in chosen]
+                read = [seq.draft_kv_len for seq in seqs]
+                try:
+                    begun.append((maker, chosen, drafter.begin(seqs, limits, self.tables[maker])))
+                except Exception as error:
+                    self._fell(error, seqs, read)
+        return begun
+
+    def _ready(self, rows: list[PlanRow]) -> list[PlanRow]:
+        """Those of the rows that may draft, of which all but a little has been read."""
+        found = []
         for name, drafter in self._parts.drafters.items():
             mine = [row for row in rows if row.sl > 0 and row.seq.drafter == name]
             unread = [(row.seq, len(row.seq.tokens) - 1) for row in mine if drafter.lags(row.seq)]
             if unread:
-                self._read(name, drafter, unread)
-            chosen = []
+                self._read(drafter, unread)
             for row in mine:
                 if drafter.lags(row.seq):  # by more than one pass reads: the rest in the next iterations
                     row.draft.stop_reason = "room"
-                else:
-                    chosen.append(row)
-            if chosen and not self.faults.off(name, ""):
-                seqs, limits = [row.seq for row in chosen], [row.sl for row in chosen]
-                read = [seq.draft_kv_len for seq in seqs]
-                try:
-                    maker = self._maker(name)
-                    wait = self._parts.drafters[maker].begin(seqs, limits, self.tables[maker])
-                    begun.append((maker, chosen, wait))
-                except Exception as error:
-                    self._fell(name, error, seqs, read)
-        return begun
+                elif not self.faults.off(name, ""):
+                    found.append(row)
+        return found
 
-    def _read(self, name: str, drafter: Drafter, rows: list[tuple[Sequence, int]]) -> None:
-        read = [seq.draft_kv_len for seq, _ in rows]
+    def _read(self, drafter: Drafter, rows: list[tuple[Sequence, int]]) -> None:
+        seqs = [seq for seq, _ in rows]
+        read = [seq.draft_kv_len for seq in seqs]
         try:
             drafter.read(rows, self._parts.token_budget)
         except Exception as error:
-            self._fell(name, error, [seq for seq, _ in rows], read)
+            self._fell(error, seqs, read)
 
-    def _fell(self, drafter: str, error: Exception, seqs: list[Sequence], read: list[int]) -> None:
-        """The drafter raised: what it has read of these rows is what it had before."""
-        self.faults.met(drafter, error)
+    def _fell(self, error: Exception, seqs: list[Sequence], read: list[int]) -> None:
+        """Drafting raised: what was read of these rows is what was before."""
+        self._met(seqs, error)
         for seq, length in zip(seqs, read, strict=True):
             seq.draft_kv_len = min(length, seq.draft_kv_len)
 
@@ -204,21 +235,21 @@ class Drafting:
 
     def _drafted(self, rows: list[PlanRow], wait: Drafts) -> Drafted:
         """What came of a draft, after a fault without those rows' trust in it."""
-        seqs, name = [row.seq for row in rows], rows[0].seq.drafter
+        seqs = [row.seq for row in rows]
         read = [seq.draft_kv_len for seq in seqs]
         try:
             drafted = wait()
         except Exception as error:
-            self._fell(name, error, seqs, read)
+            self._fell(error, seqs, read)
             return Drafted([RowDraft(stop_reason="drafter") for _ in rows])
         if drafted.fault is not None:
-            self.faults.met(name, drafted.fault)
+            self._met(seqs, drafted.fault)
         unsound = [seq for seq, draft in zip(seqs, drafted.rows, strict=True) if draft.unsound]
         for seq in unsound:  # its draft KV may hold NaN, which no other request is to find in a cached block
             seq.mistrusted = True
             seq.draft_kv_len = 0 if seq.table is None else seq.table.draft_tokens
         if unsound:
-            self.faults.met(name, DraftFault(f"the draft of {len(unsound)} of {len(rows)} rows gave NaN"))
+            self._met(unsound, DraftFault(f"the draft of {len(unsound)} of {len(rows)} rows gave NaN"))
         return drafted
 
     def settle(self, rows: list[PlanRow]) -> None:
@@ -227,17 +258,17 @@ class Drafting:
             drafter, table = self._parts.drafters[row.seq.drafter], self.tables[row.seq.drafter]
             if isinstance(drafter, TreeDrafter) and isinstance(table, TreeTable):
                 try:
-                    if row.draft.parents is not None:
+                    if row.draft.parents is not None and not row.draft.unsound:
                         drafter.settle(row.seq, row.draft, row.path)
                     table.judged(row.seq, row.draft, row.path)
                 except Exception as error:
                     sure = 0 if row.seq.table is None else row.seq.table.draft_tokens
-                    self._fell(row.seq.drafter, error, [row.seq], [sure])
+                    self._fell(error, [row.seq], [sure])
 
     def read(self, prompts: list[tuple[Drafter, list[tuple[Sequence, int]]]]) -> None:
         """Queues the reading of `prompts_to_read`."""
         for drafter, begun in prompts:
-            self._read(begun[0][0].drafter, drafter, begun)
+            self._read(drafter, begun)
 
     def prompts_to_read(self, rows: list[PlanRow]) -> list[tuple[Drafter, list[tuple[Sequence, int]]]]:
         """What drafters read beside the target, for those rows that will draft by all that is known."""
@@ -280,12 +311,12 @@ class Drafting:
         if len(learning) != 1 or len(learning[0][2]) < len(rows):
             return not learning
         drafted = [row.draft.drafted for row in rows]
-        name, table, _ = learning[0]
+        _, table, _ = learning[0]
         try:
             with self._asking:
                 return table.observe_ahead([row.seq for row in rows], drafted, answer[:3:2, : len(rows)])
         except Exception as error:
-            self.faults.met(name, error)
+            self._met([row.seq for row in rows], error)
             return True  # nobody is to be told
 
     def teach(self, rows: list[PlanRow]) -> None:
@@ -298,9 +329,13 @@ class Drafting:
                     with self._asking:
                         table.observe([row.seq for row in learning], drafted, accepted)
                 except Exception as error:
-                    self.faults.met(name, error)
+                    self._met([row.seq for row in learning], error)
 
-    def _learning(self, drafter: str, rows: list[PlanRow]) -> list[PlanRow]:
-        table = self.tables[drafter]
-        mine = [row for row in rows if row.decodes and row.seq.drafter == drafter and self._trusted(row.seq)]
-        return [row for row in mine if table.learns(row.seq)]
+    def _learning(self, name: str, rows: list[PlanRow]) -> list[PlanRow]:
+        """Those whose drafts this table governs now, and that learn. One without a slot was not asked."""
+        mine = [row for row in rows if row.decodes and row.seq.slot >= 0 and self._trusted(row.seq)]
+        return [
+            row
+            for row in mine
+            if self._maker(row.seq.drafter) == name and self.tables[row.seq.drafter].learns(row.seq)
+        ]

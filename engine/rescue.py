@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -76,8 +77,10 @@ class Rescue:
 
 def _anew(row: PlanRow) -> PlanRow:
     again = PlanRow(row.seq, row.tokens, decodes=row.decodes)
-    if row.draft.parents is None:  # a tree may have been moved about
+    if row.draft.parents is None:
         again.draft = row.draft
+    elif not row.settled:  # else it has been moved about; what the draft had read of it counts no more
+        again.draft = replace(row.draft, read=[-1] * len(row.draft.tokens))
     return again
 
 

@@ -40,6 +40,7 @@ class PlanRow:
     )
     path: Seq[int] = ()  # the nodes of the draft that stand
     next_token: int = -1
+    settled: bool = False  # the KV of its path has been moved to where it belongs
     failed: bool = False  # NaN or infinite logits
     lost: str | None = None  # why it failed, if not for its logits
 

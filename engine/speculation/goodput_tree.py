@@ -108,10 +108,9 @@ class GoodputTable(TreeTable):
         return True
 
     def limits(self, rows: Seq[Sequence]) -> list[int]:
-        self._resting = self._rest.rests(sum(self._lead(row) for row in rows) >= 0)
-        if not self._resting:
-            return super().limits(rows)
-        return [0] * len(rows) if self._chains is None else self._chains.limits(rows)
+        """Nothing while trees rest: if there are chains, their table is asked next."""
+        self._resting = self._rest.rests(sum(self._lead(row) for row in rows if row.max_sl) >= 0)
+        return [0] * len(rows) if self._resting else super().limits(rows)
 
     def _lead(self, row: Sequence) -> float:
         return self._leads.get(row.id, self._pooled[_kind(row)])
@@ -141,15 +140,6 @@ class GoodputTable(TreeTable):
 
     def shared(self) -> dict[str, dict[str, Tensor]]:
         return {"goodput_tree": self.chances.tensors}
-
-    def observe(self, rows: Seq[Sequence], drafted: Seq[int], accepted: Seq[int]) -> None:
-        if self._chains is not None and self.chained:
-            self._chains.observe(rows, drafted, accepted)
-
-    def observe_ahead(self, rows: Seq[Sequence], drafted: Seq[int], verdicts: Tensor) -> bool:
-        if self._chains is None or not self.chained:
-            return True
-        return self._chains.observe_ahead(rows, drafted, verdicts)
 
 
 def _kind(row: Sequence) -> int:

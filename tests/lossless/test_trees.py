@@ -20,8 +20,12 @@ import engine.speculation.drafters.tree
 import engine.speculation.verifier
 from engine.core import Engine
 from engine.kv.pool import KVPool, LayerShape
-from engine.models.runner import Branches
-from engine.speculation.drafters.base import RowDraft
+from engine.models.runner import Batch, Branches, Chunk
+from engine.sequence import Sequence
+from engine.speculation.control import PolicyTable
+from engine.speculation.drafters.base import Drafted, Drafts, RowDraft
+from engine.speculation.drafters.model import ModelDrafter
+from engine.speculation.drafters.tree import TreeDrafter
 from engine.speculation.goodput_tree import Rest
 from engine.speculation.noise import RandomSource
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
@@ -155,6 +159,83 @@ def test_beside_a_chain_and_a_row_without_a_draft():
         for c, r in laws[2].items()
     }
     assert_same_law(output_law(build, some, width=64), product)
+
+
+@pytest.mark.parametrize("resting", [True, False])
+def test_nobody_uses_the_draft_while_its_loop_runs(resting: bool, monkeypatch: Patch):
+    """On a GPU a chain that was begun still has its next logits where any other pass would write."""
+    begun, shipped, forward = set[object](), ModelDrafter.begin, ModelDrafter.forward
+
+    def begin(self: ModelDrafter, rows: list[Sequence], limits: list[int], table: PolicyTable) -> Drafts:
+        assert not begun
+        wait, mine = shipped(self, rows, limits, table), object()
+        begun.add(mine)
+
+        def waits() -> Drafted:
+            begun.discard(mine)
+            return wait()
+
+        return waits
+
+    def alone(self: ModelDrafter, chunks: list[Chunk]) -> Tensor:
+        assert not begun
+        return forward(self, chunks)
+
+    monkeypatch.setattr(ModelDrafter, "begin", begin)
+    monkeypatch.setattr(ModelDrafter, "forward", alone)
+    monkeypatch.setattr(Rest, "rests", lambda rest, pays: resting)
+    asked = [spec(sl=2), asks("goodput", 6), spec("model", "goodput"), asks("layers", 4), spec("ngram", sl=2)]
+    made = toy_engine(PAIR, blocks=400)
+    fix_costs(made)
+    run(made, requests(SamplingParams(max_tokens=12), asked, prompt=(0, 1, 2, 0)))
+    assert not made._drafting.faults.total
+
+
+def test_where_memory_runs_out_a_tree_is_judged_in_a_smaller_step():
+    """How large it is depends on what was drawn: large ones must not be dropped."""
+
+    def build(random: RandomSource) -> Engine:
+        made = toy_engine(PAIR, random=random)
+        shipped = made._parts.target.forward
+
+        def forward(batch: Batch) -> Tensor:
+            if len(batch.query_lens) > 1 and len(batch.ids) > 4 and batch.starts[0] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return shipped(batch)
+
+        made._parts.target.forward = forward  # type: ignore[method-assign]
+        return made
+
+    some = [
+        GenerateRequest(id="", prompt_ids=prompt, params=SamplingParams(max_tokens=n), speculation=each)
+        for prompt, n, each in (
+            ((0, 1, 2), 3, asks("layers", 4, 2)),
+            ((2, 1, 0), 2, SpeculationParams(drafter="none")),
+        )
+    ]
+    first, second = (sequence_law(PAIR.target, each.prompt_ids, each.params) for each in some)
+    product = {(a, b): p * q for a, p in first.items() for b, q in second.items()}
+    assert_same_law(output_law(build, some), product)
+
+
+def test_a_tree_whose_draft_was_unsound_is_not_settled(monkeypatch: Patch):
+    """Its draft KV is forgotten: what was moved would be where nobody knows, and cached."""
+    settled, shipped = list[bool](), engine.speculation.drafters.tree.TreeDrafter.settle
+
+    def settle(self: TreeDrafter, row: Sequence, draft: RowDraft, path: Seq[int]) -> None:
+        settled.append(draft.unsound)
+        shipped(self, row, draft, path)
+
+    monkeypatch.setattr(engine.speculation.drafters.tree.TreeDrafter, "settle", settle)
+    told = set[bool]()
+    for seed in range(20):
+        made = toy_engine(broken(4), blocks=200, block_size=1)
+        some = requests(
+            SamplingParams(max_tokens=6), [asks("layers", 8, 4)], prompt=(0, 1, 2, 1), seeds=[seed]
+        )
+        run(made, some)
+        told.add(bool(made._drafting.faults.total))
+    assert True in told and not any(settled)
 
 
 def _sampled(pair: Pair, asked: SpeculationParams, method: str, tokens: int) -> list[GenerateRequest]:

@@ -151,6 +151,18 @@ def test_a_row_whose_trees_do_not_pay_rests_and_tries_now_and_then() -> None:
     assert sum(iterate(table(0.0), row(), 50)) > sum(dear[:50])
 
 
+def test_rows_that_never_grow_a_tree_have_no_vote() -> None:
+    def trees(beside: int) -> int:
+        made = GoodputTable()
+        made._pooled, made._leads["a"] = [0.1] * len(made._pooled), -1.0
+        others = [row(str(i)) for i in range(beside)]
+        for each in others:
+            each.max_sl = 0
+        return sum(made.limits([row("a"), *others])[0] > 0 for _ in range(100))
+
+    assert trees(11) == trees(0) < 20
+
+
 def test_what_is_learned_is_shared_and_a_row_is_forgotten() -> None:
     made, seq = table(0.01), row()
     iterate(made, seq, 3)
