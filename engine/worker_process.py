@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import zmq
 
 from engine.config import EngineConfig
-from engine.heaps import few_heaps
 from engine.messages import FromEngine, ToEngine, decode_to_engine, encode
 from engine.worker import ClientGone, import_factory, serve
 
@@ -61,7 +60,6 @@ def main(
 
     It logs to stderr, warnings too, as `formatter` writes lines; None: as text.
     """
-    few_heaps()
     # These may reach the whole process group; ending the engine is its client's business.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.client import EngineClient
 from engine.client_worker import WorkerEngine
-from engine.heaps import few_heaps
 from engine.speculation.tree import rules
 from engine.types import EngineUnavailable
 from server import drain, logs, metrics_port, tls
 from server.app import create_app
+from server.heaps import few_heaps
 from server.keys import KeyRing
 from server.log_lines import formatter
 from server.prepare import prepare
