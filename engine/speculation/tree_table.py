@@ -26,7 +26,7 @@ class TreeTable:
 
     @property
     def chained(self) -> bool:
-        """Whether rows are to get chains of the draft model now; `limits` are then their lengths."""
+        """Whether rows are to get chains of the draft model now; their table says then how long."""
         return False
 
     def join(self, chains: PolicyTable) -> None:
