@@ -15,6 +15,7 @@ from engine.constraints import constraint_of
 from engine.drafting import Drafting
 from engine.finish import cut, score_output, score_prompt
 from engine.flight import NO_MEMORY, Asked, Flight, event_of
+from engine.governing import Governing
 from engine.measure import measured
 from engine.memory_faults import is_out_of_memory
 from engine.models.runner import Batch
@@ -26,9 +27,7 @@ from engine.sequence import Sequence
 from engine.speculation.costs import EngineCosts
 from engine.speculation.drafters.base import Verdict
 from engine.speculation.memory import Memory
-from engine.speculation.policy import options_of
-from engine.speculation.tree import rules, tree_options
-from engine.types import GenerateRequest, InvalidRequest, SpeculationParams, StepStats, TokenEvent
+from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
 from engine.validate import validate
 
 _SHORT = 16  # tokens: passes over rows of no more, prompts too, are readied at start
@@ -44,16 +43,17 @@ class Engine:
         self._config = config
         self._blocks = self._parts.blocks
         device = self._parts.target.device
-        self._drafting = Drafting(config, self._parts)
-        self._tables = self._drafting.tables
+        self._governing = Governing(config, self._parts)
+        self._drafting = Drafting(config, self._parts, self._governing)
+        self._tables = self._governing.tables
         self._scheduler = Scheduler(
-            self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._drafting.put_aside
+            self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._governing.put_aside
         )
         state = config.policy_state
         self._memory = None if state is None else Memory(Path(state), self._tables, self._parts.pair)
         self._sequences: dict[str, Sequence] = {}
         if parts is None or device.type == "cuda":
-            self._drafting.costs = measured(self._parts, config.max_num_seqs)
+            self._governing.costs = measured(self._parts, config.max_num_seqs)
         self._arrivals = 0
         self._generated = self._uncounted = 0  # tokens since start
         self._flight: Flight | None = None
@@ -70,7 +70,7 @@ class Engine:
     @property
     def costs(self) -> EngineCosts:
         """What draft steps and verifications cost, kept current."""
-        return self._drafting.costs
+        return self._governing.costs
 
     # ---- requests
 
@@ -81,7 +81,7 @@ class Engine:
             raise InvalidRequest(f"a request with id {request.id!r} is already open", "id")
         params, asked = request.params, request.speculation
         drafter = asked.drafter or self.info.default_drafter
-        policy, options = self._governed(drafter, asked)
+        policy, options = self._governing.governed(drafter, asked)
         constraint = constraint_of(
             params, self._parts.grammars, self.info.eos_token_ids, self.info.vocab_size
         )
@@ -105,21 +105,6 @@ class Engine:
         self._arrivals += 1
         self._sequences[request.id] = seq
         self._scheduler.add(seq)
-
-    def _governed(self, drafter: str, asked: SpeculationParams) -> tuple[str, object]:
-        """Who stops drafts, with its options. Raises InvalidRequest."""
-        if drafter in rules():
-            default = self.info.default_options if drafter == self.info.default_drafter else {}
-            return rules()[drafter].chains, tree_options(
-                drafter, default if asked.options is None else asked.options
-            )
-        policy = asked.policy or self.info.default_policy
-        chains = self.info.default_drafter not in rules()
-        default = self.info.default_options if chains and policy == self.info.default_policy else {}
-        options = options_of(policy, default if asked.options is None else asked.options)
-        if asked.options is not None:
-            self._drafting.check(drafter, policy, options)
-        return policy, options
 
     def abort(self, request_id: str) -> None:
         """Forgets a request and frees what it held; an unknown id is no error (it may just have ended)."""
@@ -164,11 +149,11 @@ class Engine:
     def _begin(self) -> Flight:
         """Plans an iteration and queues what can be queued without an answer of the device."""
         begin, now = time.perf_counter(), time.monotonic()
-        self._drafting.seconds_asked()
-        rows = self._scheduler.plan(self._drafting.limits)
+        self._governing.seconds_asked()
+        rows = self._scheduler.plan(self._governing.limits)
         for row in rows:
             row.seq.scheduled = row.seq.scheduled or now
-        asked = Asked(planning=self._drafting.seconds_asked())
+        asked = Asked(planning=self._governing.seconds_asked())
         flight = Flight(rows, begin, time.perf_counter(), asked=asked)
         flight.read = [row.seq.draft_kv_len for row in rows]
         try:
@@ -208,7 +193,7 @@ class Engine:
                 self._run_target(rows, flight)
             self._verify(rows, flight)
             flight.verified, flight.at = time.perf_counter(), time.monotonic()
-            flight.asked.verifying = self._drafting.seconds_asked()
+            flight.asked.verifying = self._governing.seconds_asked()
             self._commit_all(rows)
             pricing.observe(self.costs, [table.load for table in self._tables.values()], rows, flight)
         return rows
@@ -216,12 +201,12 @@ class Engine:
     def _run_target(self, rows: list[PlanRow], flight: Flight) -> None:
         """Queues one pass over pending and draft tokens; of its logits [M, vocab] every row gets its part."""
         flight.drafted, flight.passed = time.perf_counter(), rows
-        flight.asked.drafting = self._drafting.seconds_asked()
+        flight.asked.drafting = self._governing.seconds_asked()
         seqs, drafts = [row.seq for row in rows], [row.draft for row in rows]
         if self._lane is not None and all(row.decodes for row in rows) and self._lane.takes(seqs, drafts):
             counts = [len(draft.tokens) + 1 for draft in drafts]
             flight.logits, flight.verdict = self._lane.begin(seqs, drafts)
-            flight.taught = self._drafting.teach_ahead(rows, self._lane.answer)
+            flight.taught = self._governing.teach_ahead(rows, self._lane.answer)
         else:
             # Policies may be asked: before the device is busy.
             prompts = [] if flight.rescued else self._drafting.prompts_to_read(rows)
@@ -251,7 +236,7 @@ class Engine:
             row.failed = verdict.failed[i]
         self._settle([row for row in sampling if row.draft.tokens and not row.failed])
         if not flight.taught:
-            self._drafting.teach(sampling)
+            self._governing.teach(sampling)
 
     def _settle(self, rows: list[PlanRow]) -> None:
         """Moves the KV of trees' accepted ways to where the next tokens' belongs: slot is position again."""
@@ -309,7 +294,7 @@ class Engine:
 
     def _end(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
-        self._drafting.give_back(seq)
+        self._governing.give_back(seq)
         del self._sequences[seq.id]
 
     def _stats(
@@ -336,5 +321,5 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             generated=self._generated,
             uncounted=self._uncounted,
-            speculation_faults=dict(self._drafting.faults.total),
+            speculation_faults=dict(self._governing.faults.total),
         )

@@ -8,7 +8,7 @@ from engine.speculation.costs import EngineCosts
 
 def fix_costs(engine: Engine) -> None:
     """A draft step and a tree's layer take a tenth of a target pass; what is observed changes nothing."""
-    engine._drafting.costs = EngineCosts()
+    engine._governing.costs = EngineCosts()
     drafts = [engine.costs.drafts[name] for name in engine._tables]
     for costs in drafts:
         costs.know(1, 1, 0.001)

@@ -63,7 +63,7 @@ class Faulty:
         while self._harmed:
             owner, name, value = self._harmed.pop()
             setattr(owner, name, value)
-        self._engine._drafting.faults._off.clear()
+        self._engine._governing.faults._off.clear()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def marked(self, row: Any) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine import drafting
+from engine import governing
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.reference import ReferenceRunner
@@ -224,7 +224,7 @@ def test_what_was_sampled_before_a_fault_is_verified(monkeypatch: pytest.MonkeyP
 
 
 def test_a_policy_that_has_learned_nan_forgets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(drafting, "_LOOK", -1.0)
+    monkeypatch.setattr(governing, "_LOOK", -1.0)
     engine = make_engine(policy="goodput")
     learned = engine._tables["model"].shared()["goodput"]["first"]
     fresh = learned.clone()
@@ -237,7 +237,7 @@ def test_a_policy_that_has_learned_nan_forgets_it(monkeypatch: pytest.MonkeyPatc
 def test_when_acceptance_collapses_the_default_policy_stops_drafting():
     """No fault at all: the draft means well, and is always wrong."""
     engine = make_engine(policy="goodput")
-    fixed = engine._drafting.costs = EngineCosts()
+    fixed = engine._governing.costs = EngineCosts()
     fixed.drafts["model"].know(1, 1, 0.001)
     for tokens in (1, 8, 32):
         fixed.verify.know(1, tokens, 0.01)

@@ -126,7 +126,7 @@ def test_text_is_the_targets_whatever_tree_in_float32(params: SamplingParams) ->
         assert found == alone, speculation
         assert drafted > 0 and accepted > 0, speculation
     assert texts(made, params, TREES + fused_gpu.SPECULATIONS)[0] == alone
-    assert not made._drafting.faults.total
+    assert not made._governing.faults.total
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "seeded"])
@@ -141,7 +141,7 @@ def test_text_is_the_targets_where_trees_and_chains_take_turns(
     found, drafted, accepted = texts(made, params, [tree("goodput_tree", budget=24)])
     assert found == alone and drafted > 0 and accepted > 0
     assert texts(made, params, TREES + fused_gpu.SPECULATIONS)[0] == alone
-    assert not made._drafting.faults.total
+    assert not made._governing.faults.total
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7], ids=["greedy", "seeded"])
@@ -172,4 +172,4 @@ def test_the_lane_walks_trees_as_the_verifier_does(temperature: float) -> None:
     lane.begin = checked  # type: ignore[method-assign]
     for speculation in TREES:
         texts(made, params, [speculation], rows=1)
-    assert same > 20 and not made._drafting.faults.total
+    assert same > 20 and not made._governing.faults.total

@@ -2,7 +2,7 @@
 
     python tests/lossless/bf16.py [--target smollm2] [--draft default] [--prompts 50] [--tokens 64]
 
-Compares the fused runner without drafts, the fused runner with drafts, and the reference runner,
+Compares the fused runner without drafts, the fused runner with chains and trees, and the reference runner,
 all in bf16, with the reference runner in float32, and the fused runner with drafts against without.
 For each first divergence it gives the gap of float32's two largest logits there, in units of
 bf16's last place at the largest (ulp): identity is promised in float32 alone, but a divergence far from
@@ -30,6 +30,10 @@ SPECULATIONS = {
     "confidence joint": SpeculationParams(
         policy="confidence", options={"signal": "joint", "threshold": 0.3, "max_sl": 15}
     ),
+    **{
+        f"{rule} {budget}": SpeculationParams(drafter=rule, options={"budget": budget})
+        for rule, budget in (("dyspec", 8), ("dyspec", 64), ("opt_tree", 16), ("goodput_tree", 64))
+    },
 }
 NONE = SpeculationParams(drafter="none")
 

@@ -190,7 +190,7 @@ def test_nobody_uses_the_draft_while_its_loop_runs(resting: bool, monkeypatch: P
     made = toy_engine(PAIR, blocks=400)
     fix_costs(made)
     run(made, requests(SamplingParams(max_tokens=12), asked, prompt=(0, 1, 2, 0)))
-    assert not made._drafting.faults.total
+    assert not made._governing.faults.total
 
 
 def test_where_memory_runs_out_a_tree_is_judged_in_a_smaller_step():
@@ -236,7 +236,7 @@ def test_a_tree_whose_draft_was_unsound_is_not_settled(monkeypatch: Patch):
             SamplingParams(max_tokens=6), [asks("layers", 8, 4)], prompt=(0, 1, 2, 1), seeds=[seed]
         )
         run(made, some)
-        told.add(bool(made._drafting.faults.total))
+        told.add(bool(made._governing.faults.total))
     assert True in told and not any(settled)
 
 

@@ -546,9 +546,9 @@ def test_no_lookahead_never_runs_the_draft(monkeypatch: pytest.MonkeyPatch):
     ]
     results = run(engine, requests)
     assert {result.events[-1].drafter for result in results.values()} == {"none", "ngram", "model"}
-    assert not engine._drafting.faults.total
+    assert not engine._governing.faults.total
     run(engine, [ask("x", prompt(3), static(1))])
-    assert engine._drafting.faults.total["model"] == 1  # the draft ran
+    assert engine._governing.faults.total["model"] == 1  # the draft ran
 
 
 # ---- log-probabilities

@@ -66,7 +66,7 @@ class Recorded:
         engine = Engine(
             self.config, replace(parts, info=info, equipment=parts.equipment | {"model": equipment})
         )
-        engine._drafting.costs = COSTS.known()
+        engine._governing.costs = COSTS.known()
         now, passes = [0.0], COSTS.passes()
         drafter = parts.drafters["model"]
         assert isinstance(drafter, ModelDrafter)
