@@ -4,6 +4,7 @@ PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+JOBS ?= 2
 # A package index for torch alone, as https://download.pytorch.org/whl/cpu; empty: pip's own.
 TORCH_INDEX ?=
 
@@ -32,8 +33,8 @@ help: ## List the targets
 serve: $(STAMPS)/installed models ## Serve the default model: HOST, PORT, ARGS="--draft self:6 ..."
 	$(BIN)/disco-serve serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(STAMPS)/dev models ## Run the tests (ARGS are pytest's)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMPS)/dev models ## Run the tests, in JOBS processes (ARGS are pytest's)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lossless: $(STAMPS)/dev models ## Run every losslessness test, and the full identity run (hours on 2 cores)
 	$(BIN)/python -m pytest tests/lossless

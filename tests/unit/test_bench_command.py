@@ -179,6 +179,7 @@ def test_ctrl_c_shows_what_was_measured(fake: FakeOpenAI, tmp_path: Path, proces
     process = subprocess.Popen(
         [*command, "--processes", processes, "--json", str(out)], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )  # fmt: skip
     while len(fake.sent) < 30 and process.poll() is None:
         time.sleep(0.01)
