@@ -20,7 +20,7 @@ from engine.speculation.tree import rules
 from engine.types import EngineUnavailable
 from server import drain, logs, metrics_port, tls
 from server.app import create_app
-from server.heaps import few_heaps
+from server.heaps import lean_heaps
 from server.keys import KeyRing
 from server.log_lines import formatter
 from server.prepare import prepare
@@ -43,7 +43,7 @@ def run(settings: Settings, listener: socket.socket, metrics_listener: socket.so
     Returns the exit code. Raises what `prepare` raises, BadCertificate and PortTaken, before the engine is
     started, and EngineUnavailable if it cannot load.
     """
-    few_heaps()
+    lean_heaps()
     certificate = None
     if settings.ssl_certfile is not None:
         certificate = tls.context(settings.ssl_certfile, settings.ssl_keyfile)
