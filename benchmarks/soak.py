@@ -55,7 +55,7 @@ class Plan:
 
     clients: int = 32
     minutes: float = 30
-    warm_up: float = 10
+    warm_up: float = 8
     catalogue: int = 120
     seed: int = 0
     deadline: float = 300

@@ -98,7 +98,8 @@ class Scheduler:
         """The rows of the next step, with blocks for all their tokens. `limits` says what may be drafted."""
         decoding = [seq for seq in self.running if seq.decodes]
         rows: list[PlanRow] = []
-        for seq, (sl, reason) in zip(decoding, limits(decoding) if decoding else [], strict=True):
+        wishes = self._fitted(limits(decoding)) if decoding else []
+        for seq, (sl, reason) in zip(decoding, wishes, strict=True):
             if seq.status == "running":
                 self._place(rows, PlanRow(seq, 1, sl, reason, decodes=True))
         # A tree may have many times the nodes that it will have: it is charged as a chain would be.
@@ -111,6 +112,14 @@ class Scheduler:
                     budget -= take
         self._admit(rows, budget)
         return rows
+
+    def _fitted(self, wishes: list[tuple[int, str | None]]) -> list[tuple[int, str | None]]:
+        """Drafts cut to what a pass may have, the longest of them."""
+        left, most = max(self._budget - len(wishes), 0), 0
+        for place, (sl, _) in enumerate(sorted(wishes, key=lambda wish: wish[0])):
+            most = min(sl, left // (len(wishes) - place))
+            left -= most
+        return [(most, "room") if sl > most else (sl, reason) for sl, reason in wishes]
 
     def _admit(self, rows: list[PlanRow], budget: int) -> None:
         if self.waiting:

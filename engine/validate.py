@@ -135,8 +135,13 @@ def _speculation(speculation: SpeculationParams, info: ModelInfo) -> None:
     drafter = speculation.drafter or info.default_drafter
     if drafter in rules():
         if speculation.policy is not None:
-            message = f"drafter {drafter!r} ends its trees itself: it takes 'options', but no policy"
-            raise InvalidRequest(message, "speculation.policy")
+            named = "drafter" if speculation.drafter else "this server's drafter"
+            chains = ", ".join(name for name in info.drafters if name not in rules())
+            message = (
+                f"{named} {drafter!r} ends its trees itself: it takes 'options', but no policy; "
+                f"a policy needs a drafter of chains beside it: {chains}"
+            )
+            raise InvalidRequest(message, "speculation.policy", "policy_unavailable")
         tree_options(drafter, speculation.options)
         return _max_sl(speculation, info)
     name = info.default_policy if speculation.policy is None else speculation.policy

@@ -85,8 +85,11 @@ class Economy:
 
     def layer(self, nodes: int) -> float:
         """Tokens that a draft pass over so many nodes of each row costs a row."""
-        at = min(self.rows * nodes, len(self.draft) - 1)
-        return self.rate * float(self.draft[at]) / self.rows
+        tokens, last = self.rows * nodes, len(self.draft) - 1
+        seconds = float(self.draft[min(tokens, last)])
+        if tokens > last:  # goes on as it did over the table's second half
+            seconds += (tokens - last) * float(self.draft[last] - self.draft[last // 2]) / (last - last // 2)
+        return self.rate * seconds / self.rows
 
     def step(self) -> float:
         """Tokens that a chain's step costs a row."""

@@ -11,8 +11,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from torch import Tensor
 
 from engine.sequence import Sequence
@@ -21,16 +22,22 @@ from engine.speculation.drafters.base import RowDraft
 from engine.speculation.estimator import CLASSES, EDGES
 from engine.speculation.goodput_growth import Chances, Economy, GoodputGrowth, Yield
 from engine.speculation.policies.goodput import MOST_SL, GoodputOptions
-from engine.speculation.tree import Growth, Rule, TreeOptions, rule
+from engine.speculation.tree import Depth, Growth, Rule, TreeOptions, rule
 from engine.speculation.tree_table import TreeTable
 
 _POOLING, _LATELY = 0.1, 0.5  # weight of the newest tree: in what all rows' gain, in what its row's do
 _LONGEST_REST = 32  # iterations without a tree before one is tried again
 
 
+class GoodputTreeOptions(TreeOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Bounds of trees and of chains."""
+
+    max_depth: Annotated[Depth, msgspec.Meta(description="the most tokens on one way")] = 24
+
+
 @rule("goodput_tree")
 class GoodputTree(Rule):
-    Options, draws, reads, chains = TreeOptions, True, False, "goodput"
+    Options, draws, reads, chains = GoodputTreeOptions, True, False, "goodput"
 
     def start(self, options: Any, most: int, deepest: int) -> GoodputGrowth:
         return GoodputGrowth(options, most, deepest)
@@ -89,7 +96,7 @@ class GoodputTable(TreeTable):
         if self._chains is None:
             super().take(seq)
         else:
-            self._chains.take(seq, GoodputOptions(max_sl=min(seq.max_sl, MOST_SL)))
+            self._chains.take(seq, GoodputOptions(max_sl=_longest(seq)))
 
     def give_back(self, seq: Sequence) -> None:
         self._leads.pop(seq.id, None)
@@ -129,7 +136,7 @@ class GoodputTable(TreeTable):
     def grown(self, trees: Seq[tuple[Sequence, Growth]]) -> None:
         for row, growth in trees:
             assert isinstance(growth, GoodputGrowth)
-            lead, kind, known = growth.lead(min(row.max_sl, MOST_SL)), growth.kind, self._lead(row)
+            lead, kind, known = growth.lead(_longest(row)), growth.kind, self._lead(row)
             self._leads[row.id] = known + _LATELY * (lead - known)
             self._pooled[kind] += _POOLING * (lead - self._pooled[kind])
 
@@ -140,6 +147,12 @@ class GoodputTable(TreeTable):
 
     def shared(self) -> dict[str, dict[str, Tensor]]:
         return {"goodput_tree": self.chances.tensors}
+
+
+def _longest(row: Sequence) -> int:
+    """The most tokens of a chain, which is a tree of one way."""
+    assert isinstance(row.options, TreeOptions)
+    return min(row.max_sl, row.options.budget, row.options.max_depth, MOST_SL)
 
 
 def _kind(row: Sequence) -> int:

@@ -9,6 +9,7 @@ reset when another request takes the slot and never leaks from request to reques
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -200,12 +201,13 @@ def converted(kind: type[S], owner: str, options: Mapping[str, Any] | None) -> S
     unknown = sorted(set(options or {}) - set(valid))
     if unknown:
         message = f"{owner} has no option {unknown[0][:64]!r}; valid: {', '.join(valid) or 'none'}"
-        raise InvalidRequest(message, "speculation.options", "unknown_option")
+        raise InvalidRequest(message, f"speculation.options.{unknown[0][:64]}", "unknown_option")
     try:
         return msgspec.convert(dict(options or {}), kind)
     except msgspec.ValidationError as error:
-        message = f"options of {owner}: {error}"
-        raise InvalidRequest(message, "speculation.options", "invalid_option") from error
+        at = re.search(r" - at `\$\.(\w+)", str(error))
+        param = "speculation.options" if at is None else f"speculation.options.{at[1]}"
+        raise InvalidRequest(f"options of {owner}: {error}", param, "invalid_option") from error
 
 
 def refusals(equipment: Equipment) -> dict[str, str]:

@@ -144,7 +144,7 @@ async def test_wrong_options_are_refused(
 ) -> None:
     speculation = {"policy": name, "options": {option: value}}
     error = check_error(await client.post("/v1/completions", json=GOOD | {"speculation": speculation}), 400)
-    assert (error["param"], error["code"]) == ("speculation.options", "invalid_option")
+    assert (error["param"], error["code"]) == (f"speculation.options.{option}", "invalid_option")
     assert name in error["message"] and f"$.{option}" in error["message"]
     assert engine.requests == []
 

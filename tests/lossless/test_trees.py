@@ -27,6 +27,7 @@ from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.drafters.tree import TreeDrafter
 from engine.speculation.goodput_tree import Rest
 from engine.speculation.noise import RandomSource
+from engine.speculation.tree import TreeOptions
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams
 
 Patch = pytest.MonkeyPatch
@@ -118,6 +119,32 @@ def test_a_draft_of_the_target_is_accepted_down_to_a_leaf(method: str):
         if event.drafted == 12
     ]
     assert len(full) > 100 and all(event.accepted == 2 for event in full)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["rejection", "coupled"])
+def test_the_draft_attends_what_was_accepted(kind: str, method: str):
+    """Whatever was kept of a tree lies where the draft reads it, and nothing else is read."""
+    pair, read = twins(3), list[tuple[int, ...]]()
+
+    def draft(context: tuple[int, ...]) -> list[float]:
+        read.append(context)
+        return pair.target(context)
+
+    for budget in (2, 3, 5, 12):
+        engine = toy_engine(Pair(3, pair.target, draft), rows=1)
+        for seed in range(12):
+            params = SamplingParams(seed=seed, max_tokens=16, sampling_method=method)  # type: ignore[arg-type]
+            asked = asks(kind, budget, depth=5)
+            engine.add(GenerateRequest(id="a", prompt_ids=(0, 1, 2), params=params, speculation=asked))
+            tokens = engine._sequences["a"].tokens
+            while engine.has_work():
+                read.clear()
+                before = tuple(tokens)
+                engine.step()
+                for context in read:
+                    common = min(len(context), len(before))
+                    assert context[:common] == before[:common]
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -271,9 +298,9 @@ def test_no_block_is_left_behind():
                 gone |= {request.id for request in some[::3]}
                 for request in some[::3]:
                     engine.abort(request.id)
-            blocks = {len(seq.blocks) for seq in engine._scheduler.running}
-            longest = max((len(seq.tokens) for seq in engine._scheduler.running), default=0)
-            assert max(blocks, default=0) <= -(-(longest + 64 + 1) // 2) + 1
+            for seq in engine._scheduler.running:
+                assert isinstance(seq.options, TreeOptions)
+                assert len(seq.blocks) <= -(-(len(seq.tokens) + seq.options.budget + 1) // 2) + 1
     assert engine._blocks.used_blocks == 0 and len(gone) > 300
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.sequence import Sequence
+from engine.speculation.control import PolicyTable
 from engine.speculation.costs import Costs
 from engine.speculation.drafters.base import RowDraft
 from engine.speculation.goodput_growth import Chances, Economy, GoodputGrowth
@@ -170,3 +171,16 @@ def test_what_is_learned_is_shared_and_a_row_is_forgotten() -> None:
     made.give_back(seq)
     assert not made._leads
     assert made.shared()["goodput_tree"]["seen"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("budget", "deepest", "max_sl"), [(1, 5, 16), (6, 2, 16), (6, 5, 3), (64, 64, 64)])
+def test_a_chain_keeps_the_bounds_of_the_tree(budget: int, deepest: int, max_sl: int) -> None:
+    chains = PolicyTable(1, torch.device("cpu"))
+    chained = table(layer_seconds=10.0)
+    chained.join(chains)
+    asked = row()
+    asked.policy = "goodput"
+    asked.options = tree_options("goodput_tree", {"budget": budget, "max_depth": deepest})
+    asked.max_sl = max_sl
+    chained.take(asked)
+    assert chains.limits([asked]) == [min(budget, deepest, max_sl)]

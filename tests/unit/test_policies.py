@@ -69,7 +69,7 @@ def test_declares_itself(policy: str):
 def test_an_unknown_option_is_refused_naming_the_valid_ones(policy: str):
     with pytest.raises(InvalidRequest) as refused:
         options_of(policy, {"no_such_option": 1})
-    assert refused.value.param == "speculation.options"
+    assert refused.value.param == "speculation.options.no_such_option"
     assert "no_such_option" in refused.value.message
     assert all(name in refused.value.message for name, _ in options_for(policy))
 
@@ -123,7 +123,7 @@ def test_bad_values_are_refused_by_name(policy: str, name: str, field: msgspec.i
     for value in _bad_values(field):
         with pytest.raises(InvalidRequest, match=name) as refused:
             options_of(policy, {name: value})
-        assert refused.value.param == "speculation.options", value
+        assert refused.value.param == f"speculation.options.{name}", value
         assert policy in refused.value.message
 
 

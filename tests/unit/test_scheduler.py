@@ -1,5 +1,7 @@
 """Admission after a preemption: a row that fits again is taken again."""
 
+import pytest
+
 from engine.kv.blocks import BlockManager
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -36,3 +38,27 @@ def test_a_preempted_row_comes_back_as_soon_as_its_blocks_are_free() -> None:
             scheduler.plan(lambda decoding: [(0, None)] * len(decoding))
             assert last.status == "running", f"step {steps}: {blocks.free_blocks} blocks are free"
     assert scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "wishes", "given"),
+    [
+        (20, [4, 8, 5], [4, 8, 5]),
+        (19, [4, 8, 5], [4, 7, 5]),
+        (14, [4, 8, 5], [3, 4, 4]),
+        (14, [1, 64, 64], [1, 5, 5]),
+        (5, [0, 64, 64], [0, 1, 1]),
+        (2, [4, 8, 5], [0, 0, 0]),
+    ],
+)
+def test_drafts_are_cut_to_what_a_pass_may_have(budget: int, wishes: list[int], given: list[int]) -> None:
+    scheduler = Scheduler(BlockManager(100, 16, False), 8, budget, on_preempt=lambda seq: None)
+    for number in range(3):
+        scheduler.add(sequence(number, 1, 100))
+    for planned in scheduler.plan(lambda decoding: []):
+        planned.seq.kv_len += planned.tokens
+        planned.seq.tokens.append(1)
+    rows = scheduler.plan(lambda decoding: [(wish, "policy") for wish in wishes])
+    assert [row.sl for row in rows] == given
+    cut = [a < b for a, b in zip(given, wishes, strict=True)]
+    assert [row.sl_reason for row in rows] == ["room" if short else "policy" for short in cut]
