@@ -118,7 +118,9 @@ class Scheduler:
         left, most = max(self._budget - len(wishes), 0), 0
         for place, (sl, _) in enumerate(sorted(wishes, key=lambda wish: wish[0])):
             most = min(sl, left // (len(wishes) - place))
-            left -= most
+            if most < sl:
+                break
+            left -= sl
         return [(most, "room") if sl > most else (sl, reason) for sl, reason in wishes]
 
     def _admit(self, rows: list[PlanRow], budget: int) -> None:
