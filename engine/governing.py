@@ -137,7 +137,8 @@ class Governing:
     @staticmethod
     def _weighed(name: str) -> tuple[str, ...]:
         """Whose prices the table is to know: its drafter's, and those of chains if it may give them."""
-        return (name, "model") if name in rules() and rules()[name].chains != "none" else (name,)
+        rule = rules().get(name)
+        return (name,) if rule is None or rule.chains == "none" else (name, "model")
 
     def _asks(self, seq: Sequence, name: str) -> bool:
         """Whether this table is to be asked what the row may draft: its drafter's, then its chains'."""

@@ -21,7 +21,7 @@ from engine.speculation.control import PolicyTable
 from engine.speculation.drafters.base import RowDraft
 from engine.speculation.estimator import CLASSES, EDGES
 from engine.speculation.goodput_growth import Chances, Economy, GoodputGrowth, Yield
-from engine.speculation.policies.goodput import MOST_SL, GoodputOptions
+from engine.speculation.policies.goodput import GoodputOptions
 from engine.speculation.tree import Depth, Growth, Rule, TreeOptions, rule
 from engine.speculation.tree_table import TreeTable
 
@@ -152,7 +152,7 @@ class GoodputTable(TreeTable):
 def _longest(row: Sequence) -> int:
     """The most tokens of a chain, which is a tree of one way."""
     assert isinstance(row.options, TreeOptions)
-    return min(row.max_sl, row.options.budget, row.options.max_depth, MOST_SL)
+    return min(row.max_sl, row.options.budget, row.options.max_depth)
 
 
 def _kind(row: Sequence) -> int:

@@ -200,8 +200,9 @@ def converted(kind: type[S], owner: str, options: Mapping[str, Any] | None) -> S
     valid = kind.__struct_fields__
     unknown = sorted(set(options or {}) - set(valid))
     if unknown:
-        message = f"{owner} has no option {unknown[0][:64]!r}; valid: {', '.join(valid) or 'none'}"
-        raise InvalidRequest(message, f"speculation.options.{unknown[0][:64]}", "unknown_option")
+        name = unknown[0][:64]
+        message = f"{owner} has no option {name!r}; valid: {', '.join(valid) or 'none'}"
+        raise InvalidRequest(message, f"speculation.options.{name}", "unknown_option")
     try:
         return msgspec.convert(dict(options or {}), kind)
     except msgspec.ValidationError as error:
