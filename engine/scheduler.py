@@ -2,7 +2,7 @@
 
 There are no prefill and decode phases: every row's KV chases its tokens. Rows that lack only the
 newest token's KV decode (and may draft), the others take chunks under the token budget. Blocks run
-out: the row that came last gives its own back and is recomputed later.
+out: the last row, of the tenant with the most, gives its own back and is recomputed later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.kv.blocks import BlockManager
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import RowDraft
 from engine.types import FinishReason, TokenLogprob
-from engine.waiting import Waiting
+from engine.waiting import Waiting, in_turn
 
 MIN_CHUNK = 16  # tokens of prefill that a step makes however many rows decode
 
@@ -105,8 +105,8 @@ class Scheduler:
         # A tree may have many times the nodes that it will have: it is charged as a chain would be.
         charged = sum(row.tokens + min(row.sl, row.seq.max_sl) for row in rows)
         budget = max(self._budget - charged, MIN_CHUNK)
-        for seq in list(self.running):
-            if seq.status == "running" and not seq.decodes and budget > 0:
+        for seq in in_turn(seq for seq in self.running if not seq.decodes):
+            if seq.status == "running" and budget > 0:
                 take = min(seq.pending, budget)
                 if self._place(rows, PlanRow(seq, take)):
                     budget -= take
@@ -164,7 +164,7 @@ class Scheduler:
             if row.sl:
                 row.sl, row.sl_reason = 0, "room"
                 continue
-            victim = self.running[-1]
+            victim = in_turn(self.running)[-1]
             self._preempt(victim)
             rows[:] = [placed for placed in rows if placed.seq is not victim]
             if victim is seq:

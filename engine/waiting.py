@@ -7,8 +7,10 @@ priority, then arrival, but every eighth place goes to who came first whatever t
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from engine.sequence import Sequence
 
@@ -86,6 +88,14 @@ class Waiting:
             if tenant is not None:
                 tenant.served += _OUTPUT * (seq.generated - seq.counted)
                 seq.counted = seq.generated
+
+
+def in_turn(seqs: Iterable[Sequence]) -> list[Sequence]:
+    """By who runs first and is preempted last: the first of each tenant by rank, then the second of each, and
+    so on, among them by age. Between tenants priorities have no say."""
+    turns: defaultdict[str, Iterator[int]] = defaultdict(count)
+    placed = [(next(turns[seq.request.tenant]), seq) for seq in sorted(seqs, key=lambda seq: seq.rank)]
+    return [seq for _, seq in sorted(placed, key=lambda each: (each[0], _age(each[1])))]
 
 
 def _age(seq: Sequence) -> tuple[float, int]:

@@ -50,6 +50,11 @@ class Ticket:
             for request in requests
         ]
 
+    def left(self, ident: str) -> None:
+        """One of its sequences has ended, or is given up."""
+        if self.admission is not None:
+            self.admission.left(ident)
+
     @property
     def seconds_left(self) -> float | None:
         """Until it is due; None: no end."""
@@ -174,6 +179,12 @@ class Admission:
             if (share := self._spenders.get(event.id)) is not None:
                 share.spend(len(event.token_ids))
 
+    def left(self, ident: str) -> None:
+        """A sequence has ended, or is given up: it holds no place, whatever its request still does."""
+        if ident in self._waiting:
+            self._end_wait(ident)
+        self._running.discard(ident)
+
     def close(self, ticket: Ticket) -> None:
         """The request has been answered, or its client has left."""
         self._tickets.discard(ticket)
@@ -181,9 +192,7 @@ class Admission:
         if ticket.share is not None:
             ticket.share.leave()
         for ident in ticket.ids:
-            if ident in self._waiting:
-                self._end_wait(ident)
-            self._running.discard(ident)
+            self.left(ident)
             self._spenders.pop(ident, None)
 
     def stop_all(self) -> None:

@@ -102,15 +102,13 @@ class Server(http1.Server):
         open_requests = len(self.server_state.tasks)
         log.info("shutting down; %d open requests have %g s to end", open_requests, self._grace)
         for connection in list(self.server_state.connections):
-            assert isinstance(connection, H11Protocol)
-            cycle = connection.cycle
+            cycle = connection.cycle if isinstance(connection, H11Protocol) else None  # a handshake has none
             if cycle is not None and not cycle.response_complete:
                 connection.shutdown()  # after this answer; a request that has not come whole is refused
 
     def _leave(self) -> None:
         """Those that were told and do not read it: without their connections, their answers end."""
         for connection in list(self.server_state.connections):
-            assert isinstance(connection, H11Protocol)
             connection.transport.abort()
 
     def _end_engine(self) -> None:

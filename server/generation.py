@@ -272,6 +272,7 @@ async def _run(
             metrics.ledger.over(choice.request.id)  # it is the engine that ended it
         pieces.put_nowait(error)
     finally:
+        admission.current().left(choice.request.id)
         metrics.in_flight.dec()
         metrics.requests.labels(outcome).inc()
 

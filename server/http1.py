@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from server.context import Context
 from server.http1_protocol import Limits, Protocol
+from server.http1_tls import behind_tls
 
 LATE_SECONDS = 10  # for answers to say that they end, once they have been told to
 
@@ -46,20 +47,20 @@ class Server(uvicorn.Server):
             await asyncio.gather(waiting, return_exceptions=True)
 
 
-def protocol(context: Context) -> type[asyncio.Protocol]:
-    """What makes connections with the server's clocks and bounds."""
+def protocol(context: Context, tls: ssl.SSLContext | None = None) -> type[asyncio.Protocol]:
+    """What makes connections with the server's clocks and bounds, which hold for handshakes, too."""
     settings = context.settings
     limits = Limits(
         settings.read_seconds, settings.write_seconds, settings.max_connections, settings.max_body_bytes
     )
     made = partial(Protocol, count=context.metrics.http_requests, limits=limits)
-    return cast("type[asyncio.Protocol]", made)
+    return cast("type[asyncio.Protocol]", made if tls is None else behind_tls(tls, limits, made))
 
 
 def _config(app: FastAPI, shutdown_seconds: float, tls: ssl.SSLContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=protocol(app.state.context),
+        http=protocol(app.state.context, tls),
         ws="none",
         lifespan="on",
         log_config=None,  # server.logs has the say
@@ -67,5 +68,4 @@ def _config(app: FastAPI, shutdown_seconds: float, tls: ssl.SSLContext | None) -
         access_log=False,  # the app logs its requests itself
         server_header=False,
         timeout_graceful_shutdown=int(shutdown_seconds) + LATE_SECONDS,
-        ssl_context_factory=None if tls is None else lambda *_: tls,
     )

@@ -15,7 +15,7 @@ import h11
 from prometheus_client import Counter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.errors import RETRY_AFTER_SECONDS, ApiError, unavailable
+from server.errors import REFUSED, RETRY_AFTER_SECONDS, ApiError, unavailable
 from server.http1_checks import Connection
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,10 @@ class Limits:
     connections: int
     body_bytes: int
 
+    def far_over(self, connections: int) -> bool:
+        """Whether so many are open that there is no room even to say so."""
+        return connections - self.connections > 16 + self.connections // 10
+
 
 class Protocol(H11Protocol):
     """One connection. What is not HTTP is answered as every error is, and the connection is closed."""
@@ -70,10 +74,9 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         _bound(transport, self._limits.write_seconds)
-        over = len(self.connections) - self._limits.connections
-        if over > 16 + self._limits.connections // 10:  # no room even to say so
+        if self._limits.far_over(len(self.connections)):
             transport.abort()
-        elif over > 0:
+        elif len(self.connections) > self._limits.connections:
             again = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             message = "too many connections are open"
             self._refuse(ApiError(503, message, code="too_many_connections", headers=again))
@@ -219,8 +222,10 @@ class Protocol(H11Protocol):
 
     def _answer(self, error: ApiError) -> None:
         response = error.response()
-        if self.cycle is None or self.cycle.response_complete:  # else the app counts what it has of it
+        if self.cycle is None or self.cycle.response_complete:
             self._count.labels("unmatched", str(error.status)).inc()
+        else:  # the app logs and counts what it has of it
+            self.cycle.scope[REFUSED] = error  # type: ignore[literal-required]
         own = [(b"connection", b"close"), (b"x-request-id", uuid4().hex.encode())]
         head = h11.Response(
             status_code=error.status,

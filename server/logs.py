@@ -11,7 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import record
-from server.errors import to_api_error
+from server.auth import KEY_NAME
+from server.errors import REFUSED, to_api_error
 from server.log_lines import LogFormat, formatter, quoted
 from server.metrics import Metrics
 from server.record import Decode, Record
@@ -68,6 +69,8 @@ class RequestContext:
                 headers["x-request-id"] = ident
                 told.streamed = headers.get("content-type", "").startswith("text/event-stream")
             await send(message)
+            if message["type"] == "http.response.body":
+                told.whole = not message.get("more_body", False)
 
         try:
             await self._app(scope, receive, send_with_id)
@@ -78,6 +81,9 @@ class RequestContext:
             await to_api_error(error).response()(scope, receive, send_with_id)
         finally:
             # the route's template, never the raw path: labels must be bounded
+            if (refused := scope.get(REFUSED)) is not None:
+                told.answered(refused.status, refused.code)
+            told.key = scope.get(KEY_NAME)
             told.end(getattr(scope.get("route"), "path", "unmatched"))
             self._metrics.http_requests.labels(told.route, str(told.status)).inc()
             if self._tracing is not None and span is not None:

@@ -50,11 +50,13 @@ class Record:
     request_id: str = "-"
     method: str = "-"
     path: str = "-"
+    key: str | None = None  # the name of the API key that it came with
     started: float = field(default_factory=time.monotonic)
     started_ns: int = field(default_factory=time.time_ns)  # the same moment, since 1970
     route: str = "unmatched"
     status: int = 0  # of the answer; 0: none was begun
     streamed: bool = False
+    whole: bool = False  # the answer was given to its connection to the end
     seconds: float = 0.0
     operation: str | None = None  # what a traced request asks for, as OpenTelemetry names it
     model: str | None = None  # as the request names it
@@ -84,6 +86,11 @@ class Record:
         if not self.error_status:
             self.error_status, self.error = int(status), code
 
+    def answered(self, status: int, code: str | None) -> None:
+        """Its client was told of this error in the app's place."""
+        self.status = self.error_status = status
+        self.error = code
+
     def end(self, route: str) -> None:
         """Nothing more happens. `route`: the template that its path matched, else "unmatched"."""
         self.route, self.seconds = route, time.monotonic() - self.started
@@ -101,7 +108,7 @@ class Record:
             return "abort"
         if worst >= 400:
             return "error" if worst >= 500 or self.time_to_first_token is not None else "refused"
-        return "done" if all(choice.finish_reason for choice in self.choices) else "abort"
+        return "done" if self.whole and all(choice.finish_reason for choice in self.choices) else "abort"
 
     @property
     def error_type(self) -> str | None:
@@ -145,6 +152,7 @@ class Record:
             "status": self.status,
             "outcome": self.outcome,
             "error": self.error_type,
+            "key": self.key,
             "seconds": self.seconds,
             "model": self.model,
             "trace_id": self.trace_id,

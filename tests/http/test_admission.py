@@ -13,6 +13,7 @@ from fake_engine import FakeEngine
 from fastapi import FastAPI
 from http_support import listening, running
 from test_bad_input import CHAT, GOOD, check_error
+from transformers import PreTrainedTokenizerBase
 
 RESPONSES = {"model": "tiny", "input": "hello"}
 ROUTES = [("/v1/completions", GOOD), ("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSES)]
@@ -178,6 +179,26 @@ async def test_clients_that_leave_give_their_places_back(make_app: MakeApp, engi
         engine.stall_after = None
         for _ in range(3):
             assert (await client.post("/v1/completions", json=GOOD)).status_code == 200
+
+
+async def test_what_a_stop_string_ends_holds_no_place(
+    make_app: MakeApp, engine: FakeEngine, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Though another sequence of its request still runs."""
+    text = tokenizer.encode("one STOP and so on", add_special_tokens=False)
+    engine.script = lambda request: text * 2 if list(request.prompt_ids) == prompts[0] else [5] * 60
+    prompts = [[7], [8]]
+    engine.stall_after, engine.block = len(text), 1
+    body = GOOD | {"prompt": prompts, "max_tokens": 60, "stop": "STOP", "ignore_eos": True}
+    async with running(make_app(max_num_seqs=2, max_queued_requests=0)) as client:
+        both = asyncio.create_task(client.post("/v1/completions", json=body))
+        async with asyncio.timeout(10):
+            while engine.aborts < 1:
+                await asyncio.sleep(0.001)
+        assert not both.done()
+        async with stalled(client, engine, {}):
+            assert "disco_queued_requests 0.0" in (await client.get("/metrics")).text
+        assert (await both).status_code == 200
 
 
 async def test_an_engine_that_dies_leaves_nothing_in_the_queue(make_app: MakeApp, engine: FakeEngine) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -152,6 +154,18 @@ async def test_a_missing_key_is_told(make_app: Callable[..., FastAPI], told: Lin
     line = told.request()
     assert (line["status"], line["outcome"], line["error"]) == (401, "refused", "invalid_api_key")
     assert line["path"] == "/v1/completions" and line["route"] == "unmatched"
+
+
+async def test_the_name_of_a_key_is_told_and_not_the_key(
+    make_app: Callable[..., FastAPI], told: Lines, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice sha256:{sha256(b'sk-of-alice-long-enough').hexdigest()}\n")
+    async with running(make_app(api_key_file=keys)) as client:
+        given = {"authorization": "Bearer sk-of-alice-long-enough"}
+        assert (await client.post("/v1/completions", json=GOOD, headers=given)).status_code == 200
+    line = told.request()
+    assert line["key"] == "alice" and "sk-of" not in str(told.all())
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import ssl
@@ -134,3 +135,65 @@ def test_a_key_alone_is_refused() -> None:
 
 async def test_http_stays_http(port: int) -> None:
     assert (await answer_to(port, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")).status_code == 400
+
+
+async def test_a_request_may_come_with_the_handshakes_last_bytes(
+    make_app: MakeApp, pair: tuple[Path, Path]
+) -> None:
+    async with listening(make_app(), tls=tls.context(*map(str, pair))) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        come, go = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = trusting("localhost").wrap_bio(come, go, server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            client.do_handshake()
+        writer.write(go.read())
+        while True:
+            come.write(await reader.read(65536))
+            try:
+                client.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                continue
+        client.write(b"GET /version HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        writer.write(go.read())  # in one piece
+        answer = b""
+        while not answer.startswith(b"HTTP/1.1 200 "):
+            come.write(await asyncio.wait_for(reader.read(65536), 5))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                answer += client.read()
+        writer.close()
+
+
+async def test_silent_handshakes_are_bounded(make_app: MakeApp, pair: tuple[Path, Path]) -> None:
+    """As connections are: in number, and in time."""
+    app = make_app(read_seconds=1, max_connections=4)
+    async with listening(app, tls=tls.context(*map(str, pair))) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
+        begun = asyncio.get_running_loop().time()
+        ends = [asyncio.create_task(_end_of(reader)) for reader, _ in silent]
+        await asyncio.sleep(0.5)
+        assert 40 - sum(each.done() for each in ends) == 4 + 16  # far too many are not even told
+        await asyncio.wait_for(asyncio.gather(*ends), 5)
+        assert asyncio.get_running_loop().time() - begun > 0.9
+        assert await get(port, "localhost") == 200
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_a_handshake_under_way_does_not_hold_the_end_up(
+    make_app: MakeApp, pair: tuple[Path, Path]
+) -> None:
+    async with listening(make_app(), tls=tls.context(*map(str, pair))) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.1)
+        begun = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - begun < 5
+    assert await _end_of(reader) == b""
+    writer.close()
+
+
+async def _end_of(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""

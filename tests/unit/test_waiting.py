@@ -129,6 +129,35 @@ def test_priorities_hold_within_a_tenant_only() -> None:
     assert got == {"pushy": 10, "polite": 10}
 
 
+def test_priorities_put_back_nobody_of_another_tenant() -> None:
+    """Blocks run out: who has more than the other gives one back, the last of its own."""
+    scheduler = Scheduler(BlockManager(6, 16, False), 8, 4096, on_preempt=lambda seq: None)
+    polite = sequence("polite", tokens=100, prompt=30)
+    pushy = [sequence("pushy", priority=rank, tokens=100, prompt=30) for rank in (-2, -1)]
+    for seq in (polite, *pushy):
+        scheduler.add(seq)
+    for _ in range(10):
+        for row in scheduler.plan(lambda rows: [(0, None)] * len(rows)):
+            row.seq.kv_len += row.tokens
+            row.seq.tokens.append(1)
+    assert [seq.status for seq in (polite, *pushy)] == ["running", "running", "waiting"]
+    assert scheduler.preemptions == 1
+
+
+def test_a_prompt_of_a_priority_runs_first_within_its_tenant_only() -> None:
+    scheduler = Scheduler(BlockManager(1000, 16, False), 8, 64, on_preempt=lambda seq: None)
+    for tenant, priority in (("polite", 0), ("pushy", -1), ("pushy", -2)):
+        scheduler.add(sequence(tenant, priority=priority, prompt=200))
+    got: Counter[str] = Counter()
+    for _ in range(6):
+        for row in scheduler.plan(lambda rows: [(0, None)] * len(rows)):
+            row.seq.kv_len += row.tokens
+            got[f"{row.seq.request.tenant} {row.seq.request.priority}"] += row.tokens
+            if row.samples:
+                row.seq.tokens.append(1)
+    assert got["polite 0"] >= 200, got
+
+
 def test_long_answers_count_for_more_than_short_ones() -> None:
     """Tokens are shared, not requests: ours of 4 tokens beside theirs of 40."""
     scheduler = Scheduler(BlockManager(1000, 16, False), 8, 4096, on_preempt=lambda seq: None)
