@@ -55,7 +55,7 @@ class Plan:
 
     clients: int = 32
     minutes: float = 30
-    warm_up: float = 8
+    warm_up: float = 12
     catalogue: int = 120
     seed: int = 0
     deadline: float = 300
@@ -92,7 +92,10 @@ class Soak:
         self._lines: dict[str, list[Line]] = {}
 
     async def run(self) -> Report:
-        """The catalogue alone, what is answered whole at once, a warm-up, the soak, some alone once more."""
+        """The catalogue alone, what is answered whole at once, a warm-up, the soak, some alone once more.
+
+        Before the warm-up all grammars are compiled, and the KV pool is filled: both keep memory once used.
+        """
         plan, watch, load = self._plan, self._watch, self._load
         async with self._client() as client:
             pairs = pairs_of((await client.get("/v1/policies")).raise_for_status().json())
@@ -102,6 +105,8 @@ class Soak:
         quiet = whole([question.ask for question in questions.catalogue])
         again = _each([questions.again(each) for each in questions.catalogue if each.ask in quiet])
         await self._stretch("all at once", lambda client: load.run(client, again, plan.clients), exact=True)
+        grammars = _each(questions.grammars())
+        await self._stretch("compiling", lambda client: load.run(client, grammars, plan.clients))
         await self._fill(questions)
         mixed = _for(questions.mixed, plan.warm_up)
         await self._stretch("warm-up", lambda client: load.run(client, mixed, plan.clients))

@@ -101,6 +101,13 @@ class Questions:
             tokens -= size
         return made
 
+    def grammars(self) -> list[Question]:
+        """Every schema and expression that is asked for: what is compiled of them is kept."""
+        asks = [_schema(self._source, self._sizes, number) for number in range(_SCHEMAS)]
+        for regex in (*REGEXES, ENDLESS):
+            asks.append(_any(self._source, self._sizes, structured_outputs={"regex": regex}))
+        return [Question("grammar", self._named(ask, ask.body)) for ask in asks]
+
     def mixed(self) -> Question:
         """Any: known ones for the most part, some that will be left, a few that are refused."""
         if not self._deck:
@@ -225,8 +232,9 @@ def _stopped(source: random.Random, sizes: Sizes) -> Ask:
     return _any(source, sizes, stop=source.choice((["e"], [" the", "\n"], [" a", "th", ","])))
 
 
-def _schema(source: random.Random, sizes: Sizes) -> Ask:
-    held = {"name": "answer", "schema": schema(random.Random(source.randrange(_SCHEMAS)))}
+def _schema(source: random.Random, sizes: Sizes, number: int | None = None) -> Ask:
+    number = source.randrange(_SCHEMAS) if number is None else number
+    held = {"name": "answer", "schema": schema(random.Random(number))}
     ask = _any(source, sizes)
     if ask.path == "/v1/completions":
         return Ask(ask.path, ask.body | {"structured_outputs": {"json": held["schema"]}})
