@@ -4,6 +4,7 @@ A file is a fault's name; it is taken away when the fault is injected. Steps tak
 they would, so that requests are in flight when it is.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -33,6 +34,7 @@ class Faulty:
         self._folder = Path(os.environ[FOLDER])
         self._engine = Engine(config)
         self._harmed: list[tuple[Any, str, Any]] = []
+        self._hogged: list[torch.Tensor] = []
         self.add, self.abort = self._engine.add, self._engine.abort
         self.cut, self.has_work, self.close = self._engine.cut, self._engine.has_work, self._engine.close
         self.mark = -1
@@ -63,6 +65,9 @@ class Faulty:
         while self._harmed:
             owner, name, value = self._harmed.pop()
             setattr(owner, name, value)
+        if self._hogged:
+            self._hogged.clear()
+            torch.cuda.empty_cache()
         self._engine._governing.faults._off.clear()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -92,6 +97,13 @@ class Faulty:
             right(rows, flight)
 
         self.replace(self._engine, "_run_target", run)
+
+    def hog(self) -> None:
+        """All that is left of the GPU's memory is somebody else's."""
+        for size in (2**30, 2**24, 2**21, 2**12):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    self._hogged.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
 
     def draft(self, forward: Callable[[Any, Callable[[Any], Any]], Any]) -> None:
         runner = self._engine._parts.drafters["model"].runner  # type: ignore[attr-defined]
@@ -142,6 +154,8 @@ FAULTS: dict[str, Callable[[Faulty], Any]] = {
     "segfault": lambda _: ctypes.string_at(0),
     "raise": _raise(RuntimeError("the step is broken")),
     "cuda": _raise(torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nadvice")),
+    "assert": lambda _: torch.zeros(1, device="cuda")[torch.tensor([9], device="cuda")],
+    "hog": Faulty.hog,
     "hang": _hang,
     "spin": _spin,
     "garbage": lambda _: line().send(b"no message"),

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "http"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from hostile_clients import READ_SECONDS, WRITE_SECONDS
 from http_support import listening
 from suites.tiny_model import make
 
@@ -51,6 +52,7 @@ class Told:
 class Ground:
     engine: WorkerEngine
     client: httpx.AsyncClient
+    port: int
     faults: Path
     drafter: str
     right: dict[str, str] = field(default_factory=dict)  # by prompt: the text without a draft and a fault
@@ -112,6 +114,12 @@ class Ground:
             float(line.split()[1]) for line in lines if line.startswith("disco_speculation_faults_total{")
         )
 
+    async def idle(self) -> None:
+        """Until no sequence is in flight."""
+        async with asyncio.timeout(PATIENCE):
+            while "\ndisco_requests_in_flight 0.0\n" not in (await self.client.get("/metrics")).text:
+                await asyncio.sleep(0.05)
+
     async def serves(self) -> bool:
         """Whether a new request is answered."""
         return (await self.ask("is it there?", False, tokens=1)).code is None
@@ -127,7 +135,12 @@ class Ground:
 
 @asynccontextmanager
 async def ground(
-    asked: Sequence[str], *, scripted: bool = False, delay: float = 0.1, step_seconds: float = 5.0
+    asked: Sequence[str],
+    *,
+    scripted: bool = False,
+    device: str = "cpu",
+    delay: float = 0.1,
+    step_seconds: float = 5.0,
 ) -> AsyncIterator[Ground]:
     """A server with its tiny pair loaded, or with an engine that only counts. `asked`: the prompts to come.
     `delay`: seconds before every restart of the engine.
@@ -138,7 +151,8 @@ async def ground(
         make(model)
         os.environ["FAULTS"] = str(faults)
         config = EngineConfig(
-            target=str(model), draft="self:1", policy="static", policy_options={"sl": 3}, device="cpu",
+            target=str(model), draft="self:1", policy="static", policy_options={"sl": 3},
+            device=device, dtype="float32",
             kv_blocks=400, max_num_seqs=max(len(asked), 4), threads=1,
             policy_state=str(Path(folder, "learned")),
         )  # fmt: skip
@@ -149,9 +163,10 @@ async def ground(
             longest_delay=delay,
             step_timeout=step_seconds,
         )
-        app = create_app(Settings(target="tiny", page=False), engine, load_tokenizer(str(model)))
+        clocks = {"read_seconds": READ_SECONDS, "write_seconds": WRITE_SECONDS}
+        app = create_app(Settings(target="tiny", page=False, **clocks), engine, load_tokenizer(str(model)))
         async with listening(app) as port, _client(port) as client:
-            found = Ground(engine, client, faults, "none" if scripted else "model")
+            found = Ground(engine, client, port, faults, "none" if scripted else "model")
             await found.until(lambda: engine.state != "loading")
             if engine.state != "ready":
                 raise RuntimeError((await client.get("/health")).text)

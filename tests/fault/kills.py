@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import os
 import signal
 import statistics
@@ -26,6 +25,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from record import save
 
 if TYPE_CHECKING:  # it imports all of a server, which the engine's process would import with this file
     from ground import Ground, Told
@@ -156,8 +158,7 @@ def main() -> int:
     for name, before in asdict(report.before).items():
         print(f"{name:16} {before:10.6g} before {getattr(report.after, name):10.6g} after")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(asdict(report) | {"failures": failures}, indent=1) + "\n")
+        save(options.json, asdict(report) | {"failures": failures})
     for failure in failures:
         print("FAILED:", failure)
     return bool(failures)

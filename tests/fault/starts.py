@@ -112,7 +112,7 @@ STARTS = (
 )
 
 
-def started(start: Start) -> Started:
+def started(start: Start, device: str = "cpu") -> Started:
     """Runs `disco-serve serve` on it: it must end by itself, with code 1 and one line that says why."""
     with tempfile.TemporaryDirectory(prefix="disco-starts-") as folder:
         model = Path(folder, "tiny")
@@ -121,14 +121,9 @@ def started(start: Start) -> Started:
             check=True, capture_output=True,
         )  # fmt: skip
         flags = start.harm(model)
-        command = [str(Path(sys.executable).with_name("disco-serve")), "serve", "--target", str(model)]
-        command += [
-            "--port",
-            "0",
-            "--device",
-            "cpu",
-            *(flags if "--draft" in flags else ["--draft", "none", *flags]),
-        ]
+        code = "from server.cli import main; main()"
+        command = [sys.executable, "-c", code, "serve", "--target", str(model), "--port", "0"]
+        command += ["--device", device, *([] if "--draft" in flags else ["--draft", "none"]), *flags]
         begin = time.monotonic()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DISCO_")}
         try:

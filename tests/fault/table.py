@@ -1,6 +1,6 @@
-"""Every fault of the engine's side, for streams and for whole answers: who is harmed, and for how long?
+"""Every fault of the engine and of clients, for streams and for whole answers: who is harmed, how long?
 
-    python tests/fault/table.py [--only NAME,NAME] [--clients 8] [--json out/faults/table.json]
+    python tests/fault/table.py [--only NAME,NAME] [--clients 8] [--device cuda] [--json FILE]
 
 Injects each fault while requests are in flight. A request is lost if it should not have been: it got another
 text than without the fault, an answer without an end, an undefined error; or an error though the fault was
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -22,7 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import hostile_clients as hostile
+from record import save
 from starts import STARTS, started
 
 if TYPE_CHECKING:  # it imports all of a server, which the engine's process would import with this file
@@ -33,17 +35,19 @@ MARKED = "# is harmed"  # begins with the mark by which a fault of one row finds
 
 @dataclass(frozen=True)
 class Fault:
-    """`inject` None: by its name, in the engine's next step. `kills`: the engine is started anew, and all in
-    flight are told so. `victim`: the code that the marked request is told; None: nobody is told anything.
-    `faults`: of speculation, as the metric counts them.
+    """`inject` None: by its name, in the engine's next step. `client`: it is one client's doing. `kills`: the
+    engine is started anew, and all in flight are told so. `victim`: the code that the marked request is told;
+    None: nobody is told anything. `faults`: of speculation, as the metric counts them. `gpu`: it takes one.
     """
 
     name: str
     what: str
     inject: Callable[[Ground], None] | None = None
+    client: hostile.Client | None = None
     kills: bool = False
     victim: str | None = None
     faults: int = 0
+    gpu: bool = False
 
 
 def _signal(number: signal.Signals) -> Callable[[Ground], None]:
@@ -71,10 +75,12 @@ FAULTS = (
     Fault("segfault", "a segmentation fault", kills=True),
     Fault("raise", "an exception in a step", kills=True),
     Fault("cuda", "a CUDA error in a step", kills=True),
+    Fault("assert", "an assertion fails in a kernel on the device", kills=True, gpu=True),
     Fault("garbage", "a message that cannot be read", kills=True),
     Fault("close", "the engine's ZeroMQ socket is closed", kills=True),
     Fault("cut", "the connection under ZeroMQ is cut, the engine hangs", kills=True),
     Fault("memory", "out of memory for more than one row"),
+    Fault("hog", "all of the GPU's memory is somebody else's", gpu=True),
     Fault("memory_row", "out of memory for one row, even alone", victim="request_failed"),
     Fault("nan", "NaN in the logits of one row", victim="request_failed"),
     Fault("draft", "the draft model raises", faults=1),
@@ -83,6 +89,13 @@ FAULTS = (
     Fault("disk", "no file can be written: full disk, policy state"),
     Fault("log", "the log is on a full disk"),
     Fault("clock", "the wall clock jumps back by a day", _clock),
+    Fault("deaf", "a client that never reads a long answer", client=hostile.never_reads),
+    Fault("slow", "a client whose body comes byte by byte", client=hostile.writes_slowly),
+    Fault("half_closed", "a client that ends its side and listens", client=hostile.ends_its_side),
+    Fault("reset", "a client that resets 20 connections within answers", client=hostile.resets),
+    Fault("connects", "1000 connections that say nothing, or half a request", client=hostile.connects),
+    Fault("no_utf8", "a body that is no UTF-8", client=hostile.no_utf8),
+    Fault("no_http", "bytes that are no HTTP", client=hostile.no_http),
 )
 
 
@@ -108,12 +121,16 @@ async def inject(here: Ground, fault: Fault, stream: bool, asked: Sequence[str])
     requests = [asyncio.create_task(here.ask(prompt, stream)) for prompt in asked]
     await asyncio.sleep(0.3)
     begin = time.monotonic()
-    (fault.inject or (lambda here: here.inject(fault.name)))(here)
+    harm = asyncio.create_task(fault.client(here, stream)) if fault.client else None
+    if harm is None:
+        (fault.inject or (lambda here: here.inject(fault.name)))(here)
     if fault.kills:
         await here.until(lambda: here.engine.state != "ready")
     await here.recovered()
     recovery = time.monotonic() - begin
     told: list[Told] = await asyncio.gather(*requests)
+    treated = await harm if harm else None
+    await here.idle()
     late: list[Told] = await asyncio.gather(*(here.ask(prompt, stream) for prompt in asked[1:]))
     time.time = clock
     restarts = here.engine.restarts - restarts
@@ -125,6 +142,7 @@ async def inject(here: Ground, fault: Fault, stream: bool, asked: Sequence[str])
         if each.code not in expected:
             lost.append(f"{each.prompt!r} was told {each.code}")
     lost += [f"{each.prompt!r}, asked later, was told {each.code}" for each in late if each.code is not None]
+    lost += [f"the client: {treated}"] if treated else []
     if restarts != fault.kills:
         lost.append(f"{restarts} restarts")
     met = await here.counted() - faults
@@ -139,13 +157,15 @@ async def inject(here: Ground, fault: Fault, stream: bool, asked: Sequence[str])
     )
 
 
-async def run(faults: Sequence[Fault], clients: int, ways: Sequence[bool] = (True, False)) -> list[Row]:
+async def run(
+    faults: Sequence[Fault], clients: int, ways: Sequence[bool] = (True, False), device: str = "cpu"
+) -> list[Row]:
     """A row for every fault, and for streams and whole answers."""
     from ground import ground
 
     asked = [MARKED, *(f"client number {i} says" for i in range(1, clients))]
     rows = []
-    async with ground(asked) as here:
+    async with ground(asked, device=device) as here:
         for fault in faults:
             for stream in ways:
                 rows.append(await inject(here, fault, stream, asked))
@@ -167,6 +187,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", help="names of faults, set apart by commas")
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     wanted = None if options.only is None else set(options.only.split(","))
@@ -174,13 +195,17 @@ def main() -> int:
     if wanted is not None and wanted - known:
         parser.error(f"unknown: {', '.join(sorted(wanted - known))}; known: {', '.join(sorted(known))}")
     faults = [fault for fault in FAULTS if wanted is None or fault.name in wanted]
+    faults = [fault for fault in faults if options.device == "cuda" or not fault.gpu]
     print("fault        as      inj fly  fine  told  lost  new  seconds  what")
-    rows = asyncio.run(run(faults, options.clients)) if faults else []
-    starts = [started(start) for start in STARTS if wanted is None or start.name in wanted]
+    rows = asyncio.run(run(faults, options.clients, device=options.device)) if faults else []
+    starts = [started(start, options.device) for start in STARTS if wanted is None or start.name in wanted]
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {"in_flight": [asdict(row) for row in rows], "at_start": [asdict(each) for each in starts]}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+        about = {
+            "device": options.device,
+            "in_flight": [asdict(row) for row in rows],
+            "at_start": [asdict(each) for each in starts],
+        }
+        save(options.json, about)
     lost = sum(len(row.lost) for row in rows) + sum(len(each.wrong) for each in starts)
     print(f"{len(rows)} injections in flight, {len(starts)} at start: {lost} lost")
     return bool(lost)

@@ -12,7 +12,7 @@ import table
 from kills import kill_again_and_again
 from starts import STARTS, started
 
-FEW = ("nan", "draft_nan", "memory", "cuda")
+FEW = ("nan", "draft_nan", "memory", "cuda", "half_closed", "no_utf8")
 
 
 @pytest.fixture(autouse=True)
