@@ -1,4 +1,4 @@
-"""Clients that behave badly while others are served. Each returns what was wrong about its answer, or None."""
+"""Clients that behave badly while others are served. Each says what was wrong about its answer, or None."""
 
 from __future__ import annotations
 
