@@ -1,7 +1,7 @@
 """Who is let in: a bounded queue, what each key may take, nobody once the server ends; and until when.
 
-A request holds a `Ticket` from its headers to the end of its answer. It keeps a place in the queue for one
-sequence from the start, so that a full queue is told before a body is read; what it asks for is known later.
+A request holds a `Ticket` from its headers to the end of its answer. A full queue is told before a body is
+read. Once the body is there it keeps a place for one sequence; what it asks for is known later.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Ticket:
     admission: Admission | None = None
     share: Share | None = None
     due: float | None = None
+    generates: bool = False  # it asks for sequences
     reserved: bool = False  # a place in the queue, until its sequences are known
+    held: int = 0  # bytes of its body, if that is large
     ids: list[str] = field(default_factory=list)  # of its sequences
     stops: set[Stop] = field(default_factory=set)
 
@@ -49,6 +51,21 @@ class Ticket:
             msgspec.structs.replace(request, tenant=tenant, cache_salt=salt + request.cache_salt)
             for request in requests
         ]
+
+    def hold(self, size: int) -> None:
+        """Its body has so many bytes by now. Raises ApiError 429."""
+        if self.admission is not None:
+            self.admission.hold(self, size)
+
+    def release_body(self) -> None:
+        """Its body was read, or is not waited for."""
+        if self.admission is not None:
+            self.admission.release_body(self)
+
+    def reserve(self) -> None:
+        """Its body has come: it keeps a place in the queue. Raises ApiError 429."""
+        if self.admission is not None and self.generates:
+            self.admission.reserve(self)
 
     def left(self, ident: str) -> None:
         """One of its sequences has ended, or is given up."""
@@ -94,13 +111,14 @@ class Admission:
         *,
         requests: int,
         tokens: int,
+        body_bytes: int,
         limits: Limits,
         metrics: AdmissionMetrics,
         apart: bool = False,
     ) -> None:
         """`places`: sequences that the engine runs at once. `requests`, `tokens`: sequences, and tokens of
-        their prompts, that may wait beside them. `limits`: of each key. `apart`: keys share no cached
-        prefixes."""
+        their prompts, that may wait beside them. `body_bytes`: of all large bodies under way. `limits`: of
+        each key. `apart`: keys share no cached prefixes."""
         self.metrics = metrics
         self.draining = False
         self.apart = apart
@@ -109,6 +127,7 @@ class Admission:
         self._shares: dict[str | None, Share] = {}
         self._tickets: set[Ticket] = set()
         self._reserved = 0
+        self._held, self._most_held = 0, body_bytes
         self._waiting: dict[str, int] = {}  # sequences without an event, and the tokens of their prompts
         self._tokens = 0  # of these, the sum
         self._running: set[str] = set()
@@ -138,11 +157,31 @@ class Admission:
             share.enter()
         except ApiError as error:
             raise self._counted(error) from None
-        ticket = Ticket(self, share, reserved=generates)
-        self._reserved += generates
-        share.waiting += generates
+        ticket = Ticket(self, share, generates=generates)
         self._tickets.add(ticket)
         return ticket
+
+    def hold(self, ticket: Ticket, size: int) -> None:
+        """A body that is under way has so many bytes. Raises ApiError 429 if all together are too many."""
+        if self._held + size - ticket.held > self._most_held:
+            error = self._full("body_bytes", "too many large request bodies are under way")
+            error.headers["Connection"] = "close"
+            raise error
+        self._held += size - ticket.held
+        ticket.held = size
+
+    def release_body(self, ticket: Ticket) -> None:
+        self._held -= ticket.held
+        ticket.held = 0
+
+    def reserve(self, ticket: Ticket) -> None:
+        """A place for one sequence of this request. Raises ApiError 429."""
+        assert ticket.share is not None
+        if not self._room(ticket.share, 1):
+            raise self._full("queue_requests", f"{self.queued} requests wait already")
+        self._reserved += 1
+        ticket.share.waiting += 1
+        ticket.reserved = True
 
     def queue_up(self, ticket: Ticket, requests: Sequence[GenerateRequest]) -> None:
         """The sequences of a request join the queue in its ticket's place. Raises ApiError 429.

@@ -20,6 +20,7 @@ from engine.types import EngineUnavailable
 from server import errors, openapi, tracing
 from server.admission import Admission
 from server.auth import OPEN_PATHS, KeyAuth
+from server.bounds import LARGE_BODIES
 from server.context import Context
 from server.gate import Gate
 from server.grammar import GrammarCompiler
@@ -122,6 +123,7 @@ def _admission(settings: Settings, metrics: Metrics) -> Admission:
         settings.max_num_seqs,
         requests=settings.max_queued_requests,
         tokens=settings.max_queued_tokens,
+        body_bytes=LARGE_BODIES * settings.max_body_bytes,
         limits=Limits(
             settings.key_concurrency, settings.key_requests_per_minute, settings.key_tokens_per_minute
         ),

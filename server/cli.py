@@ -74,6 +74,7 @@ _SERVER_FLAGS = (
     "docs",
     "page",
     "max_body_bytes",
+    "max_body_objects",
     "read_seconds",
     "write_seconds",
     "max_connections",

@@ -8,7 +8,10 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-REASONS = ("queue_requests", "queue_tokens", "key_concurrency", "key_requests", "key_tokens", "draining")
+REASONS = (
+    "queue_requests", "queue_tokens", "body_bytes",
+    "key_concurrency", "key_requests", "key_tokens", "draining",
+)  # fmt: skip
 
 
 class AdmissionMetrics(Collector):

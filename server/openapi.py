@@ -39,7 +39,7 @@ ERRORS = {
     400: "The request cannot be served as asked: `param` names the field, `message` its bounds",
     401: "No key, or not one of the server's",
     404: "No model of this name",
-    413: "The body is larger than the server's `max_body_bytes`",
+    413: "The body is larger than the server's `max_body_bytes`, or has more than `max_body_objects`",
     429: "The queue is full, or the key has taken its share; `Retry-After` says when to ask again",
     500: "A fault of the server, or `request_failed`: the engine gave up this request",
     503: "The engine loads, restarts or is dead, or the server ends; `Retry-After` says when to ask again",

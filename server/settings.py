@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.config import DType, EngineConfig, Offload, Quantization, RunnerKind
 from server import tools
-from server.bounds import MAX_N, MAX_SEQUENCES
+from server.bounds import MAX_N, MAX_SEQUENCES, MOST_OBJECTS
 from server.keys import unfit
 from server.log_lines import LogFormat
 from server.metrics_labels import constant_labels
@@ -103,6 +103,7 @@ class Settings(BaseSettings):
     docs: bool = Field(True, description="describe the API at /docs and /openapi.json")
     page: bool = Field(True, description="serve the live page at /, which shows speculation at work")
     max_body_bytes: int = Field(8 * 2**20, ge=1, description="largest request body in bytes")
+    max_body_objects: int = Field(MOST_OBJECTS, ge=1, description="most objects and arrays in a request body")
     read_seconds: float = Field(
         20.0, gt=0, description="time in which a request's headers must come, and then its body"
     )

@@ -2,52 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from engine.types import InvalidRequest
+from server import admission
+from server.admission import Ticket
 from server.errors import CLIENT_GONE, ApiError
 from server.protocol import strict_json
 
 B = TypeVar("B", bound=BaseModel)
 
+_LARGE = 2**16
+"""Bytes of a body above which a thread reads it: seconds of one client's are not taken from all others."""
+_THREAD = ThreadPoolExecutor(1, "bodies")
 
-async def read(request: Request, model: type[B], limit: int) -> B:
-    """The request's body as `model`. `limit` in bytes. Raises ApiError 413 and InvalidRequest."""
-    return validate(model, parse_json(await _read_bytes(request, limit)))
+
+class Limits(Protocol):
+    """Of one body, as `Settings` has them."""
+
+    @property
+    def max_body_bytes(self) -> int: ...
+    @property
+    def max_body_objects(self) -> int: ...
 
 
-async def _read_bytes(request: Request, limit: int) -> bytes:
+async def read(request: Request, model: type[B], limits: Limits) -> B:
+    """The request's body as `model`. Raises ApiError 413, 429 if there is no room for it, and InvalidRequest.
+
+    Its place in the queue is taken here, once it has come whole: who sends slowly holds none.
+    """
+    ticket = admission.current()
+    try:
+        raw = await _read_bytes(request, limits.max_body_bytes, ticket)
+        ticket.reserve()
+
+        def understood() -> B:
+            return validate(model, parse_json(raw, limits.max_body_objects))
+
+        if len(raw) <= _LARGE:
+            return understood()
+        return await asyncio.get_running_loop().run_in_executor(_THREAD, understood)
+    finally:
+        ticket.release_body()
+
+
+async def _read_bytes(request: Request, limit: int, ticket: Ticket) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length) > limit:
-        raise _too_large(limit)
+        raise _too_large(f"is larger than {limit} bytes")
     parts: list[bytes] = []
     size = 0
     try:
         async for part in request.stream():  # chunked bodies have no length: count, and read no further
             size += len(part)
             if size > limit:
-                raise _too_large(limit)
+                raise _too_large(f"is larger than {limit} bytes")
+            if size > _LARGE:
+                ticket.hold(size)
             parts.append(part)
     except ClientDisconnect as error:
         raise ApiError(CLIENT_GONE, "the client left before its request was whole") from error
     return b"".join(parts)
 
 
-def _too_large(limit: int) -> ApiError:
-    message = f"the request body is larger than {limit} bytes"
-    return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+def _too_large(what: str) -> ApiError:
+    headers = {"Connection": "close"}
+    return ApiError(413, f"the request body {what}", code="request_too_large", headers=headers)
 
 
-def parse_json(raw: bytes) -> Any:
-    """Strict JSON in UTF-8. Raises InvalidRequest."""
+def parse_json(raw: bytes, objects: int) -> Any:
+    """Strict JSON in UTF-8, of so many objects and arrays at most. Raises InvalidRequest and ApiError 413."""
     try:
-        return strict_json.loads(raw.decode("utf-8"))
+        return strict_json.loads(raw.decode("utf-8"), objects)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8: {error}", code="invalid_json") from error
+    except strict_json.TooMany as error:
+        raise _too_large(f"holds more than {objects} objects and arrays, or names in one of them") from error
     except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
 

@@ -50,7 +50,9 @@ class ChatBody(GenerationBody):
         None, ge=0, le=20, description="so many likeliest tokens at each place; only with `logprobs`"
     )
     response_format: ResponseFormat | None = Field(None, description="what the answer must look like")
-    modalities: list[Literal["text"]] | None = Field(None, description="only text")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(
+        None, description="only text"
+    )
 
     tools: list[ToolBody] = Field([], max_length=MAX_TOOLS, description="functions that the model may call")
     tool_choice: ToolChoice | None = Field(

@@ -12,7 +12,7 @@ from engine.types import CompiledGrammar, InvalidRequest, SamplingParams, Specul
 from server.bounds import MAX_N, MAX_STOP_TOKENS, MAX_TIMEOUT
 from server.grammar import Structure
 from server.protocol.base import Body
-from server.protocol.fields import INT64, MAX_WORDS, LogitBias, Only, Stops, TokenId, Word
+from server.protocol.fields import INT64, MAX_WORDS, LogitBias, Only, Stops, TokenIds, Words
 from server.protocol.structured import StructuredOutputs
 
 __all__ = ["Body", "GenerationBody", "Speculation", "StreamOptions", "choice_seed"]
@@ -130,17 +130,17 @@ class GenerationBody(Body):
     structured_outputs: StructuredOutputs | None = Field(
         None, description="vLLM's: what the whole answer must look like"
     )
-    allowed_token_ids: list[TokenId] | None = Field(
+    allowed_token_ids: TokenIds | None = Field(
         None, min_length=1, description="vLLM's: no other token may come, EOS neither unless it is listed"
     )
-    bad_words: list[Word] = Field(
+    bad_words: Words = Field(
         [],
         max_length=MAX_WORDS,
         description="vLLM's: strings whose tokens never come in a row, nor those of the string after a space",
     )
     min_tokens: int = Field(0, ge=0, lt=INT64, description="vLLM's: no EOS and no stop before so many")
     ignore_eos: bool = Field(False, description="vLLM's: EOS does not end the answer")
-    stop_token_ids: list[TokenId] = Field(
+    stop_token_ids: TokenIds = Field(
         [], max_length=MAX_STOP_TOKENS, description="vLLM's: tokens that end the answer, as EOS does"
     )
     include_stop_str_in_output: bool = Field(

@@ -6,7 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -100,12 +106,15 @@ _BIAS_SCHEMA = {
 _JSON_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string", "minLength": 2}]}
 _TAG_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "string", "minLength": 2}]}
 
-TokenId = Annotated[int, Field(ge=0, lt=INT64), BeforeValidator(integral)]
+_TokenId = Annotated[int, Field(ge=0, lt=INT64), BeforeValidator(integral)]
+TokenIds = Annotated[list[_TokenId], Field(fail_fast=True)]  # of millions that are wrong, one is told
 Stops = Annotated[list[str], BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)]
 LogitBias = Annotated[dict[int, float], BeforeValidator(_bias), WithJsonSchema(_BIAS_SCHEMA)]
 SchemaText = Annotated[str, BeforeValidator(_schema_text), WithJsonSchema(_JSON_SCHEMA)]
 TagText = Annotated[str, BeforeValidator(_tag_text), WithJsonSchema(_TAG_SCHEMA)]
-Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH)]
+Words = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH)]], Field(fail_fast=True)
+]
 
 
 _MOST_CHARACTERS = 16384  # of all bad words: they are encoded between two tokens of other requests

@@ -5,21 +5,33 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from typing import Any
+
+from server.bounds import MOST_OBJECTS
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 DEEPEST = 200
 """Levels of nesting. pydantic writes no value out again that has more than 255."""
 
 
-def loads(text: str) -> Any:
-    """Raises ValueError, whose message says what is wrong, in words for a client."""
-    _check_depth(text)
+class TooMany(ValueError):
+    """More objects and arrays than may be, or names in one of them."""
+
+
+def loads(text: str, objects: int = MOST_OBJECTS) -> Any:
+    """Raises ValueError, whose message says what is wrong, in words for a client; TooMany if there are more
+    than so many `objects` and arrays, or names in one object."""
+    _check_structure(text, objects)
     try:
         data = json.loads(
-            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_duplicates
+            text,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            object_pairs_hook=partial(_no_duplicates, most=objects),
         )
         if _SURROGATE.search(text):
             json.dumps(data, ensure_ascii=False).encode("utf-8")
@@ -34,14 +46,19 @@ def loads(text: str) -> Any:
     return data
 
 
-def _check_depth(text: str) -> None:
-    if text.count("[") + text.count("{") <= DEEPEST:
+def _check_structure(text: str, objects: int) -> None:
+    """Before anything is built of it."""
+    if text.count("[") + text.count("{") <= min(DEEPEST, objects):
         return
     depth = 0
     for match in _STRUCTURE.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        step = _STEPS.get(match[0], 0)
+        depth += step
+        objects -= step > 0
         if depth > DEEPEST:
             raise ValueError(f"it is nested too deeply: at most {DEEPEST} levels are taken")
+        if objects < 0:
+            raise TooMany("it holds too many objects and arrays")
 
 
 def _no_constant(name: str) -> float:
@@ -55,7 +72,9 @@ def _finite(literal: str) -> float:
     return value
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]], most: int) -> dict[str, Any]:
+    if len(pairs) > most:
+        raise TooMany("an object has too many names")
     data = dict(pairs)
     if len(data) != len(pairs):
         seen: set[str] = set()

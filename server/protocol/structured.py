@@ -30,7 +30,7 @@ class StructuredOutputs(Body):
     )
     json_object: bool = Field(False, description="true: any JSON object")
     regex: str | None = Field(None, min_length=1, description="a regular expression for the whole answer")
-    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True)] | None = Field(
         None, min_length=1, description="the answer is one of these strings"
     )
     grammar: str | None = Field(

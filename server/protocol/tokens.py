@@ -11,7 +11,7 @@ from engine.types import InvalidRequest
 from server.protocol.base import Body
 from server.protocol.body import validate
 from server.protocol.chat import ChatBody, Message
-from server.protocol.fields import TokenId
+from server.protocol.fields import TokenIds
 from server.protocol.tools import MAX_TOOLS, ToolBody
 
 _NAME = "a name that `GET /v1/models` lists; default: the first"
@@ -73,4 +73,4 @@ class DetokenizeBody(Body):
     unsupported: ClassVar[Mapping[str, str]] = _LLAMA_CPP
 
     model: str | None = Field(None, description=_NAME)
-    tokens: list[TokenId] = Field(description="token ids, below the size of the vocabulary")
+    tokens: TokenIds = Field(description="token ids, below the size of the vocabulary")

@@ -32,7 +32,7 @@ router = APIRouter(tags=["generation"])
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation; `stream` sends tokens as they come."""
     context = context_of(request)
-    body = await bodies.read(request, ChatBody, context.settings.max_body_bytes)
+    body = await bodies.read(request, ChatBody, context.settings)
     context.check_model(body.model)
     answer = _Answer(context, body)
     context.accept(body, answer.arrival)

@@ -36,7 +36,7 @@ router = APIRouter(tags=["generation"])
 async def completions(request: Request) -> Response:
     """Continues one or several prompts; `stream` sends tokens as they come."""
     context = context_of(request)
-    body = await bodies.read(request, CompletionBody, context.settings.max_body_bytes)
+    body = await bodies.read(request, CompletionBody, context.settings)
     context.check_model(body.model)
     info = context.ready()
     answer = _Answer(context, body)

@@ -37,7 +37,7 @@ router = APIRouter(tags=["generation"])
 async def responses(request: Request) -> Response:
     """Answers a conversation given as items; `stream` sends events as the answer grows."""
     context = context_of(request)
-    body = await bodies.read(request, ResponsesBody, context.settings.max_body_bytes)
+    body = await bodies.read(request, ResponsesBody, context.settings)
     context.check_model(body.model)
     arrival = time.monotonic()
     context.accept(body, arrival)

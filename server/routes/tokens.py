@@ -23,7 +23,7 @@ router = APIRouter(tags=["tokens"])
 async def tokenize(request: Request) -> dict[str, Any]:
     """The token ids of a text, or of a conversation through the chat template; generates nothing."""
     context = context_of(request)
-    body = await bodies.read(request, TokenizeBody, context.settings.max_body_bytes)
+    body = await bodies.read(request, TokenizeBody, context.settings)
     context.check_model(body.model)
     info = context.ready()
     prompt = await _prompt(context, body, info.max_model_len)
@@ -47,7 +47,7 @@ async def _prompt(context: Context, body: TokenizeBody, length: int) -> Prompt:
 async def detokenize(request: Request) -> dict[str, Any]:
     """The text of token ids, special tokens included."""
     context = context_of(request)
-    body = await bodies.read(request, DetokenizeBody, context.settings.max_body_bytes)
+    body = await bodies.read(request, DetokenizeBody, context.settings)
     context.check_model(body.model)
     size = context.ready().vocab_size
     if (largest := max(body.tokens, default=0)) >= size:

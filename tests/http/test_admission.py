@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from fastapi import FastAPI
 from http_support import listening, running
 from test_bad_input import CHAT, GOOD, check_error
 from transformers import PreTrainedTokenizerBase
+
+from server.bounds import LARGE_BODIES
 
 RESPONSES = {"model": "tiny", "input": "hello"}
 ROUTES = [("/v1/completions", GOOD), ("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSES)]
@@ -135,6 +138,41 @@ async def test_a_body_is_not_read_when_the_queue_is_full(make_app: MakeApp, engi
         async with asyncio.timeout(5):
             assert (await reader.readline()).startswith(b"HTTP/1.1 429 ")
         writer.close()
+
+
+async def test_bodies_that_come_slowly_hold_no_place(make_app: MakeApp, engine: FakeEngine) -> None:
+    """Nobody else is told that the queue is full while nothing waits."""
+    app = make_app(max_num_seqs=1, max_queued_requests=1)
+    async with listening(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
+        for _, writer in slow:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 1000\r\n\r\n{")
+        await asyncio.sleep(0.1)
+        assert (await client.post("/v1/completions", json=GOOD)).status_code == 200
+        for _, writer in slow:
+            writer.close()
+
+
+async def test_large_bodies_under_way_are_bounded_together(make_app: MakeApp, engine: FakeEngine) -> None:
+    app = make_app(max_body_bytes=100_000)
+    async with listening(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(LARGE_BODIES + 1)]
+        for _, writer in held:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 100000\r\n\r\n")
+            writer.write(b" " * 99_000)
+            await writer.drain()
+        large = {"content": json.dumps(GOOD).encode() + b" " * 90_000}
+        async with asyncio.timeout(10):
+            while (answer := await client.post("/v1/completions", **large)).status_code == 200:
+                pass
+        full(answer)
+        assert (await client.post("/v1/completions", json=GOOD)).status_code == 200
+        for _, writer in held:
+            writer.close()
+        async with asyncio.timeout(10):
+            while (await client.post("/v1/completions", **large)).status_code != 200:
+                pass
+        assert 'refused_requests_total{reason="body_bytes"}' in (await client.get("/metrics")).text
 
 
 async def test_routes_that_do_not_generate_are_open_when_the_queue_is_full(

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.types import InvalidRequest
+from server.bounds import MOST_OBJECTS
 from server.detokenize import TextStream
 from server.http1_checks import Connection
 from server.protocol import body
@@ -39,7 +40,7 @@ def protocol(data: bytes) -> None:
     """A body is taken as one of the models, or refused in words."""
     for model in _BODIES:
         try:
-            body.validate(model, body.parse_json(data))
+            body.validate(model, body.parse_json(data, MOST_OBJECTS))
         except InvalidRequest as error:
             assert error.message and len(error.message) < 2000 + len(data)
 
