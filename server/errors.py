@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 LONGEST_RETRY_AFTER_SECONDS = 60
+REQUEST_ID = "disco_request_id"
+"""The scope's entry for the request's id."""
 REFUSED = "disco_refused"
 """The scope's entry for the ApiError that the connection answered, before the app had, in its place."""
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}

@@ -47,12 +47,16 @@ class Server(uvicorn.Server):
             await asyncio.gather(waiting, return_exceptions=True)
 
 
-def protocol(context: Context, tls: ssl.SSLContext | None = None) -> type[asyncio.Protocol]:
-    """What makes connections with the server's clocks and bounds, which hold for handshakes, too."""
+def protocol(
+    context: Context, tls: ssl.SSLContext | None = None, connections: int | None = None
+) -> type[asyncio.Protocol]:
+    """What makes connections with the server's clocks and bounds, which hold for handshakes, too.
+
+    `connections` at most; None: as many as the settings say.
+    """
     settings = context.settings
-    limits = Limits(
-        settings.read_seconds, settings.write_seconds, settings.max_connections, settings.max_body_bytes
-    )
+    most = settings.max_connections if connections is None else connections
+    limits = Limits(settings.read_seconds, settings.write_seconds, most, settings.max_body_bytes)
     made = partial(Protocol, count=context.metrics.http_requests, limits=limits)
     return cast("type[asyncio.Protocol]", made if tls is None else behind_tls(tls, limits, made))
 

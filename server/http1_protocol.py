@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import sys
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import h11
 from prometheus_client import Counter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.errors import REFUSED, RETRY_AFTER_SECONDS, ApiError, unavailable
+from server.errors import REFUSED, REQUEST_ID, RETRY_AFTER_SECONDS, ApiError, unavailable
 from server.http1_checks import Connection
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,19 @@ _uvicorn_log = logging.getLogger("uvicorn.error.http1")
 _uvicorn_log.setLevel(logging.ERROR)
 
 
+_TOLD = 16  # connections, and a tenth: over the bound, and open until they are told so
+
+
+def most_open(connections: int) -> int:
+    """Sockets that a bound of so many connections may take."""
+    return connections + _TOLD + connections // 10
+
+
+def fitting(sockets: int) -> int:
+    """The largest bound that takes no more than so many sockets; one at least."""
+    return max(1, (sockets - _TOLD) * 10 // 11)
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one client may take. `read_seconds`: for a request's headers, and again for its body, which has
@@ -51,7 +65,7 @@ class Limits:
 
     def far_over(self, connections: int) -> bool:
         """Whether so many are open that there is no room even to say so."""
-        return connections - self.connections > 16 + self.connections // 10
+        return connections > most_open(self.connections)
 
 
 class Protocol(H11Protocol):
@@ -70,6 +84,7 @@ class Protocol(H11Protocol):
         self._graced = False
         self._read_clock: asyncio.TimerHandle | None = None
         self._write_clock: asyncio.TimerHandle | None = None
+        self._closing_clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -84,7 +99,7 @@ class Protocol(H11Protocol):
             self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for clock in (self._read_clock, self._write_clock):
+        for clock in (self._read_clock, self._write_clock, self._closing_clock):
             if clock is not None:
                 clock.cancel()
         super().connection_lost(exc)
@@ -162,8 +177,9 @@ class Protocol(H11Protocol):
 
     def _bound_closing(self) -> None:
         """What is closing sends what it has, but not for ever."""
-        if self.transport.is_closing() and self.transport.get_write_buffer_size():
-            self.loop.call_later(self._limits.write_seconds, self.transport.abort)
+        unsent = self.transport.is_closing() and self.transport.get_write_buffer_size()
+        if unsent and self._closing_clock is None:
+            self._closing_clock = self.loop.call_later(self._limits.write_seconds, self.transport.abort)
 
     def _watch(self) -> None:
         """Starts the clock when headers or a body are waited for, and ends it when they came."""
@@ -222,11 +238,13 @@ class Protocol(H11Protocol):
 
     def _answer(self, error: ApiError) -> None:
         response = error.response()
+        ident = uuid4().hex
         if self.cycle is None or self.cycle.response_complete:
             self._count.labels("unmatched", str(error.status)).inc()
         else:  # the app logs and counts what it has of it
-            self.cycle.scope[REFUSED] = error  # type: ignore[literal-required]
-        own = [(b"connection", b"close"), (b"x-request-id", uuid4().hex.encode())]
+            scope: MutableMapping[str, Any] = self.cycle.scope  # type: ignore[assignment]
+            scope[REFUSED], ident = error, scope.get(REQUEST_ID, ident)
+        own = [(b"connection", b"close"), (b"x-request-id", ident.encode())]
         head = h11.Response(
             status_code=error.status,
             headers=[*self.server_state.default_headers, *response.raw_headers, *own],

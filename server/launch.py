@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 from importlib.metadata import version
+from typing import Any
 
 import uvicorn
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from engine.types import EngineUnavailable
 from server import drain, logs, metrics_port, tls
 from server.app import create_app
 from server.heaps import lean_heaps
+from server.http1_protocol import fitting, most_open
 from server.keys import KeyRing
 from server.log_lines import formatter
 from server.prepare import prepare
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048  # connections that the system takes before the server does; uvicorn's
 _LOOK_SECONDS = 0.1  # between looks at an engine that is loading
-_OWN_FILES = 256  # that are no client's connections
+_OWN_FILES = 256  # that are no connections of the API: the metrics port's are among them
+_COMPLAINT_SECONDS = 60.0  # between log lines of connections that no file is left for
 
 
 class PortTaken(Exception):
@@ -44,6 +47,8 @@ def run(settings: Settings, listener: socket.socket, metrics_listener: socket.so
     started, and EngineUnavailable if it cannot load.
     """
     lean_heaps()
+    if settings.api_key_file is not None or settings.ssl_certfile is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # they are read anyway; later it has them read again
     certificate = None
     if settings.ssl_certfile is not None:
         certificate = tls.context(settings.ssl_certfile, settings.ssl_keyfile)
@@ -57,6 +62,21 @@ def run(settings: Settings, listener: socket.socket, metrics_listener: socket.so
     for each in (listener, metrics_listener):
         _listen(each)
     return asyncio.run(_serve(settings, tokenizer, listener, metrics_listener, certificate))
+
+
+class _Complaints:
+    """The loop's exception handler. Where no file is left, asyncio complains of every connection that waits,
+    two thousand times a second: one line a minute says it."""
+
+    def __init__(self) -> None:
+        self._said = float("-inf")
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "out of system resource" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._said + _COMPLAINT_SECONDS:
+            self._said = loop.time()
+            log.error("connections cannot be accepted now: %s", context.get("exception"))
 
 
 def _listen(listener: socket.socket | None) -> None:
@@ -82,6 +102,7 @@ async def _serve(
         step_timeout=settings.step_seconds,
         log_formatter=formatter(settings.log_format),
     )
+    asyncio.get_running_loop().set_exception_handler(_Complaints())
     app = create_app(settings, engine, tokenizer)
     server = drain.Server(app, settings.shutdown_seconds, engine, tls=certificate)
     _read_again_on_hangup(settings, app.state.keys, certificate)
@@ -142,14 +163,14 @@ def _read_again_on_hangup(settings: Settings, keys: KeyRing, certificate: ssl.SS
 def _with_room(settings: Settings) -> Settings:
     """Raises this process's limit of open files as far as it may; fewer connections, if that is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = settings.max_connections + _OWN_FILES
+    wanted = most_open(settings.max_connections) + _OWN_FILES
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return settings
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft >= wanted:
         return settings
-    room = max(soft - _OWN_FILES, 1)
+    room = fitting(soft - _OWN_FILES)
     log.warning("at most %d connections: no more than %d files may be open (ulimit -n)", room, soft)
     return settings.model_copy(update={"max_connections": room})
 

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import record
 from server.auth import KEY_NAME
-from server.errors import REFUSED, to_api_error
+from server.errors import REFUSED, REQUEST_ID, to_api_error
 from server.log_lines import LogFormat, formatter, quoted
 from server.metrics import Metrics
 from server.record import Decode, Record
@@ -58,6 +58,7 @@ class RequestContext:
             return await self._app(scope, receive, send)
         given = Headers(scope=scope).get("x-request-id", "")
         ident = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid4().hex
+        scope[REQUEST_ID] = ident
         told = Record(request_id=ident, method=scope["method"], path=scope["path"])
         token = record.enter(told)
         span = None if self._tracing is None else self._tracing.start(scope, told)

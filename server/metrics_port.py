@@ -19,6 +19,8 @@ from server.context import Context
 from server.http1 import protocol
 from server.metrics import Metrics
 
+CONNECTIONS = 64
+"""At most, on a port of its own: however many the API has, this one answers."""
 _LAST_SECONDS = 1  # for a scrape under way at the end
 
 
@@ -39,7 +41,7 @@ def exposition(metrics: Metrics, accept: str) -> Response:
 @asynccontextmanager
 async def also_on(listener: socket.socket | None, context: Context) -> AsyncIterator[None]:
     """Serves /metrics, and nothing else, on the bound socket meanwhile; None serves nothing. Clients are held
-    to the same clocks and bounds as the API's.
+    to the API's clocks, and are fewer.
     """
     if listener is None:
         yield
@@ -52,12 +54,13 @@ async def also_on(listener: socket.socket | None, context: Context) -> AsyncIter
     server = _Beside(
         uvicorn.Config(
             app,
-            http=protocol(context),
+            http=protocol(context, connections=CONNECTIONS),
             ws="none",
             lifespan="off",
             log_config=None,
             log_level="warning",
             access_log=False,
+            server_header=False,
             timeout_graceful_shutdown=_LAST_SECONDS,
         )
     )

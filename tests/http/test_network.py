@@ -124,13 +124,21 @@ async def test_who_has_left_is_not_generated_for(
         (POST + b"transfer-encoding: chunked\r\n\r\n5\r\n{", "body"),
     ],
 )
-async def test_what_does_not_come_is_not_waited_for(make_app: MakeApp, raw: bytes, what: str) -> None:
+async def test_what_does_not_come_is_not_waited_for(
+    make_app: MakeApp, raw: bytes, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     async with listening(make_app(read_seconds=0.2)) as port:
-        error = check_error(await answer_to(port, raw), 408)
+        answer = await answer_to(port, raw.replace(b"\r\n\r\n", b"\r\nx-request-id: mine\r\n\r\n", 1))
+        error = check_error(answer, 408)
         assert error["code"] == "request_timeout" and what in error["message"]
         async with httpx.AsyncClient() as client:
             text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
     route = "/v1/completions" if what == "body" else "unmatched"  # for the books, too
+    told = [record for record in caplog.records if record.name == "server.logs" and "408" in record.message]
+    assert len(told) == (what == "body")
+    if what == "body":
+        assert answer.headers["x-request-id"] == "mine"
     assert f'disco_http_requests_total{{route="{route}",status="408"}} 1.0' in text
     assert 'status="499"' not in text
 
@@ -206,6 +214,22 @@ async def test_who_reads_nothing_is_given_up(
                 await client.post(f"http://127.0.0.1:{port}/v1/completions", json=GOOD)
             ).status_code == 200
         deaf.close()
+
+
+async def test_who_reads_a_large_answer_late_leaves_no_trace(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clock of what is closing ends with it."""
+    app = make_app(write_seconds=0.2, max_body_bytes=10**7)
+    data = json.dumps({"model": "tiny", "tokens": [70] * 1_000_000}).encode()
+    async with listening(app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = b"POST /detokenize HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        writer.write(head % len(data) + data)
+        assert len(await asyncio.wait_for(reader.read(), 30)) > 1_000_000
+        writer.close()
+        await asyncio.sleep(0.5)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
 
 
 async def test_the_dead_are_noticed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
