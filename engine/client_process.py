@@ -39,7 +39,7 @@ class Worker:
         self.socket.setsockopt(zmq.SNDHWM, 0)  # requests are few: sending never waits
         self.socket.bind(endpoint)
         self._file = Path(endpoint.removeprefix("ipc://"))
-        level = logging.getLogger().getEffectiveLevel()
+        level = logging.getLogger("engine").getEffectiveLevel()
         arguments = (endpoint, config, factory, level, log_formatter)
         self.process = multiprocessing.get_context("spawn").Process(
             target=main, args=arguments, name="disco-engine", daemon=True

@@ -8,11 +8,11 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Sequence
 
 import zmq
 
+from engine import log_writer
 from engine.config import EngineConfig
 from engine.messages import FromEngine, ToEngine, decode_to_engine, encode
 from engine.worker import ClientGone, import_factory, serve
@@ -58,16 +58,13 @@ def main(
 ) -> None:
     """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault.
 
-    It logs to stderr, warnings too, as `formatter` writes lines; None: as text.
+    `formatter` writes the lines of its log; None: as text.
     """
     # These may reach the whole process group; ending the engine is its client's business.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     faulthandler.enable()
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter or logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=log_level, handlers=[handler])
-    logging.captureWarnings(True)
+    log_writer.configure(log_level, formatter)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
@@ -81,6 +78,4 @@ def main(
     context.term()
     # Without teardown: after a CUDA error it can hang, torch's alone takes seconds, and all is saved.
     logging.shutdown()
-    with contextlib.suppress(OSError, ValueError):  # a log on a full disk
-        sys.stderr.flush()
     os._exit(0 if sound else 1)

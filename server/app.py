@@ -27,6 +27,7 @@ from server.grammar import GrammarCompiler
 from server.head import HeadAsGet
 from server.key_limits import Limits
 from server.keys import KeyRing
+from server.log_lines import formatter
 from server.logprobs import TokenTable, fast_tokenizer
 from server.logs import RequestContext
 from server.metrics import Metrics
@@ -64,6 +65,7 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
             seconds=settings.grammar_seconds,
             max_bytes=settings.max_grammar_bytes,
             vocab_size=lambda: engine.info.vocab_size,
+            log_formatter=formatter(settings.log_format),
         ),
         door=_admission(settings, metrics),
     )

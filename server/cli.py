@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.log_writer import set_levels
 from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
 from server.bench.command import bench
 from server.flags import fail, one_line_errors, settings_flags
@@ -121,11 +122,14 @@ def _root(
 @settings_flags(*_SERVER_FLAGS, *_ENGINE_FLAGS)
 def serve(settings: Settings) -> None:
     """Serve a target model over OpenAI's API. Every flag also reads DISCO_<NAME>."""
+    from server import logs
+
+    logs.configure(settings.log_level, settings.log_format)  # first: libraries take stderr as they find it
+
     from engine.models.references import ModelError
-    from server import logs, tls, tracing
+    from server import tls, tracing
     from server.launch import PortTaken, run
 
-    logs.configure(settings.log_level, settings.log_format)
     refusals = (tracing.CannotTrace, BadKeys, tls.BadCertificate, PortTaken)
     with one_line_errors(ModelError, EngineUnavailable, InvalidRequest, *refusals):
         tracing.endpoint(settings)  # told at once, before any model is loaded
@@ -222,7 +226,8 @@ class _OneLine(logging.Formatter):
 def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s") if level == "debug" else _OneLine("%(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(handlers=[handler], force=True)
+    set_levels(logging.getLevelNamesMapping()[level.upper()])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request is not news here
 
 

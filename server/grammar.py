@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -69,10 +69,12 @@ class GrammarCompiler:
         seconds: float,
         max_bytes: int,
         vocab_size: Callable[[], int],
+        log_formatter: logging.Formatter | None = None,
     ) -> None:
-        """`seconds` for one grammar, `max_bytes` of its text; `vocab_size()`: that of the served model."""
+        """`seconds` for one grammar, `max_bytes` of its text; `vocab_size()`: that of the served model;
+        `log_formatter` writes the log lines of its processes; None: as text."""
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._seconds, self._max_bytes = seconds, max_bytes
+        self._seconds, self._max_bytes, self._log_formatter = seconds, max_bytes, log_formatter
         self._kept: OrderedDict[str, CompiledGrammar | str] = OrderedDict()  # grammars and refusals, by key
         self._bytes = 0
         self._lanes = _Lane(min(1.0, seconds), 512 << 20), _Lane(seconds, 1536 << 20)
@@ -155,7 +157,7 @@ class GrammarCompiler:
 
     async def _begin(self) -> None:
         self._end()
-        self._forks = _Forks(self._tokenizer, self._vocab_size())
+        self._forks = _Forks(self._tokenizer, self._vocab_size(), self._log_formatter)
         try:
             unfit = await self._forks.start()
         except (EOFError, OSError, TimeoutError) as error:
@@ -184,10 +186,13 @@ class _Forks:
     Whoever answers ends when its line is closed. All may raise OSError: the process is gone.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, formatter: logging.Formatter | None
+    ) -> None:
         self._control, theirs = socket.socketpair()
+        arguments = (theirs, tokenizer, vocab_size, log.getEffectiveLevel(), formatter)
         self._process: BaseProcess = multiprocessing.get_context("spawn").Process(
-            target=_run, args=(theirs, tokenizer, vocab_size), name="disco-serve-grammars", daemon=True
+            target=_run, args=arguments, name="disco-serve-grammars", daemon=True
         )
         self._theirs = theirs
         self._lines: set[asyncio.StreamWriter] = set()
@@ -250,10 +255,10 @@ class _Forks:
         self._process.join()
 
 
-def _run(control: socket.socket, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def _run(*arguments: Any) -> None:
     from server.grammar_worker import main  # imports torch, which the server itself does without
 
-    main(control, tokenizer, vocab_size)
+    main(*arguments)
 
 
 def _own(structure: Structure) -> bool:

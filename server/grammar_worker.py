@@ -21,6 +21,7 @@ import xgrammar
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from engine import log_writer
 from engine.grammar import SLOWEST_SECONDS, Matcher, vocabulary
 from server.grammar_messages import Answer, Ask
 from server.grammar_regex import Refused, check_regex
@@ -40,7 +41,13 @@ _CHARACTER = [1, 9, 1, 0, 31, 34, 34, 92, 92, 92, 92]
 _ORIGIN = re.compile(r"^\[[\d:]+\] \S+:\d+: (Check failed: \(.*?\) is false: )?", re.DOTALL)
 
 
-def main(control: socket.socket, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def main(
+    control: socket.socket,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    log_level: int,
+    formatter: logging.Formatter | None,
+) -> None:
     """Forks for every line that comes over `control`, until its other end closes.
 
     What is forked says by a byte that it is there, takes an `Ask`, gives its `Answer`, and ends; also once
@@ -49,6 +56,7 @@ def main(control: socket.socket, tokenizer: PreTrainedTokenizerBase, vocab_size:
     for each in (signal.SIGINT, signal.SIGTERM):  # these may reach the whole group; the server ends us
         signal.signal(each, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    log_writer.configure(log_level, formatter)
     try:
         compiler = xgrammar.GrammarCompiler(
             vocabulary(tokenizer, vocab_size), max_threads=1, cache_enabled=False
@@ -83,6 +91,7 @@ def _serve(line: socket.socket, compiler: xgrammar.GrammarCompiler | None, unfit
         limit = psutil.Process().memory_info().vms + ask.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         found = answer(compiler, ask)
+    logging.shutdown()  # once it is answered, the process may end at any time
     line.sendall(msgspec.msgpack.encode(found))
 
 

@@ -10,6 +10,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine import log_writer
 from server import record
 from server.auth import KEY_NAME
 from server.errors import REFUSED, REQUEST_ID, to_api_error
@@ -25,10 +26,7 @@ log = logging.getLogger(__name__)
 
 def configure(level: str, kind: LogFormat = "text") -> None:
     """Logs of this process go to stderr, one line each, with the request's id. Python's warnings too."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter(kind))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.captureWarnings(True)
+    log_writer.configure(logging.getLevelNamesMapping()[level.upper()], formatter(kind))
 
 
 def say(text: str, kind: LogFormat) -> None:

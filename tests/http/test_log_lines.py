@@ -79,14 +79,15 @@ async def test_a_long_name_is_cut(client: httpx.AsyncClient, written: Callable[[
 
 @pytest.mark.parametrize("kind", ["text", "json"])
 def test_all_that_is_said_at_start_is_in_the_format(
-    capsys: pytest.CaptureFixture[str], kind: LogFormat
+    capfd: pytest.CaptureFixture[str], kind: LogFormat
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         logs.configure("info", kind)
         logs.say("one\n  two", kind)
         warnings.warn("three", UserWarning, stacklevel=1)
-    one, two, three = capsys.readouterr().err.splitlines()
+    logging.getLogger().handlers[0].flush()
+    one, two, three = capfd.readouterr().err.splitlines()
     assert "three" in three and "py.warnings" in three
     if kind == "text":
         assert (one, two) == ("one", "  two")

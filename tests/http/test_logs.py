@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +22,7 @@ from log_support import Lines, writing
 from pydantic import SecretStr
 from test_bad_input import CHAT, GOOD
 
+from server import logs
 from server.log_lines import LogFormat
 
 
@@ -108,6 +114,47 @@ async def test_prompt_and_text_are_told_only_if_asked_for(
     ((prompt,), (text,)) = line["prompts"], line["texts"]
     assert "hello" in prompt and text.startswith(" world, the stop")
     assert "world, the stop" in plain.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", GOOD), ("/v1/chat/completions", CHAT)])
+async def test_no_prompt_and_no_text_is_told_at_debug(
+    client: httpx.AsyncClient, told: Lines, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    logs.configure("debug", "text")
+    try:
+        logging.getLogger().addHandler(told.handler)
+        assert (await client.post(path, json=body | {"stream": stream})).status_code == 200
+    finally:
+        logs.configure("info", "text")
+    assert told.request()["status"] == 200
+    assert "hello" not in told.text and "world" not in told.text
+
+
+def test_a_log_that_nobody_reads_stops_no_request(tiny_llama: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    names = ["--target", str(tiny_llama), "--draft", "none", "--served-model-name", "tiny"]
+    flags = ["--threads", "1", "--kv-blocks", "600", "--log-level", "debug", "--port", str(port)]
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *names, *flags]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        assert server.stderr is not None
+        try:
+            while "ready" not in (line := server.stderr.readline()):
+                assert line, "the server ended"
+            for number in range(600):  # some 200 KB; a pipe takes 64
+                assert client.get(f"/v1/{number}-{'x' * 200}").status_code == 404
+            assert client.get("/health").status_code == client.get("/ready").status_code == 200
+            assert client.post("/v1/completions", json=GOOD).status_code == 200
+            server.terminate()
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+        numbers = [int(told[1]) for told in re.finditer(r"GET /v1/(\d+)-x{200} 404", server.stderr.read())]
+    assert numbers and numbers == list(range(len(numbers)))
 
 
 @pytest.mark.parametrize(

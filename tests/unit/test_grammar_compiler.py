@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import json
+import multiprocessing
 import os
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.grammar import MARKERS, Grammars, allows, vocabulary
 from engine.types import CompiledGrammar, EngineUnavailable, InvalidRequest
 from server.grammar import GrammarCompiler, Structure, _key, _Lane
+from server.log_lines import JsonLines
 from server.reasoning import BEGIN, END
 from server.tools import names
 from server.tools.format import by_name
@@ -298,3 +300,26 @@ async def test_tokens_of_a_tag_are_told_by_ids_that_there_are(compiler: GrammarC
                 structure("structural_tag", json.dumps(tag), "structured_outputs.structural_tag")
             )
         assert where in caught.value.message
+
+
+async def test_what_its_process_logs_is_written_as_the_servers_log(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(schema: object) -> object:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("server.grammar_worker.normalized", broken)
+    forked = multiprocessing.get_context("fork")  # so that it is broken there, too
+    monkeypatch.setattr("server.grammar.multiprocessing.get_context", lambda _: forked)
+    one = GrammarCompiler(
+        tokenizer,
+        seconds=30.0,
+        max_bytes=65536,
+        vocab_size=lambda: len(tokenizer),
+        log_formatter=JsonLines(),
+    )
+    with contextlib.closing(one), pytest.raises(InvalidRequest, match="cannot be read: ZeroDivisionError"):
+        await one.compile(structure("check", "{}"))
+    lines = capfd.readouterr().err.splitlines()
+    (told,) = [json.loads(line) for line in lines if "server.grammar_worker" in line]
+    assert told["message"] == "a check cannot be read" and "ZeroDivisionError" in told["exception"]
