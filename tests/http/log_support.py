@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from engine.log_writer import set_levels
+from server import logs
 from server.log_lines import LogFormat, formatter
 
 
@@ -52,3 +54,20 @@ def writing() -> Iterator[Callable[[LogFormat], Lines]]:
     root.setLevel(before)
     for lines in used:
         root.removeHandler(lines.handler)
+
+
+@contextmanager
+def configured(level: str, kind: LogFormat) -> Iterator[logging.Handler]:
+    """Within it this process logs as a server does; gives the handler that does it."""
+    root = logging.getLogger()
+    before = root.level, root.handlers[:]
+    logs.configure(level, kind)
+    (handler,) = root.handlers
+    try:
+        yield handler
+    finally:
+        handler.flush()
+        set_levels(logging.INFO)
+        root.setLevel(before[0])
+        root.handlers[:] = before[1]
+        handler.close()

@@ -12,7 +12,7 @@ import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from http_support import running
-from log_support import Lines, writing
+from log_support import Lines, configured, writing
 from test_bad_input import GOOD
 
 from server import logs
@@ -81,12 +81,10 @@ async def test_a_long_name_is_cut(client: httpx.AsyncClient, written: Callable[[
 def test_all_that_is_said_at_start_is_in_the_format(
     capfd: pytest.CaptureFixture[str], kind: LogFormat
 ) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), configured("info", kind):
         warnings.simplefilter("default")
-        logs.configure("info", kind)
         logs.say("one\n  two", kind)
         warnings.warn("three", UserWarning, stacklevel=1)
-    logging.getLogger().handlers[0].flush()
     one, two, three = capfd.readouterr().err.splitlines()
     assert "three" in three and "py.warnings" in three
     if kind == "text":

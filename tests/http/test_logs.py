@@ -18,11 +18,10 @@ from engine_times import timed
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from http_support import listening, running
-from log_support import Lines, writing
+from log_support import Lines, configured, writing
 from pydantic import SecretStr
 from test_bad_input import CHAT, GOOD
 
-from server import logs
 from server.log_lines import LogFormat
 
 
@@ -121,14 +120,13 @@ async def test_prompt_and_text_are_told_only_if_asked_for(
 async def test_no_prompt_and_no_text_is_told_at_debug(
     client: httpx.AsyncClient, told: Lines, path: str, body: dict[str, Any], stream: bool
 ) -> None:
-    logs.configure("debug", "text")
-    try:
+    with configured("debug", "text"):
         logging.getLogger().addHandler(told.handler)
         assert (await client.post(path, json=body | {"stream": stream})).status_code == 200
-    finally:
-        logs.configure("info", "text")
     assert told.request()["status"] == 200
     assert "hello" not in told.text and "world" not in told.text
+    spoke = {each["logger"].partition(".")[0] for each in told.all() if each["level"] == "debug"}
+    assert spoke <= {"server", "engine"}
 
 
 def test_a_log_that_nobody_reads_stops_no_request(tiny_llama: Path) -> None:
