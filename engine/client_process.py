@@ -9,13 +9,13 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from pathlib import Path
 
 import zmq
 import zmq.asyncio
 
 from engine.config import EngineConfig
 from engine.memory_faults import oom_kills
+from engine.socket_folder import socket_folder
 from engine.worker_process import main
 
 log = logging.getLogger(__name__)
@@ -24,37 +24,35 @@ _REAP = 10.0  # seconds for the system to end a killed process
 
 
 class Worker:
-    """Starts the process. Raises OSError if it cannot be started."""
+    """Starts the process, with a folder and a socket of its own. Raises what the system has against it."""
 
-    def __init__(
-        self,
-        context: zmq.asyncio.Context,
-        endpoint: str,
-        config: EngineConfig,
-        factory: str,
-        log_formatter: logging.Formatter | None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, factory: str, log_formatter: logging.Formatter | None) -> None:
         loop = asyncio.get_running_loop()
-        self.socket = context.socket(zmq.PAIR)
-        self.socket.setsockopt(zmq.SNDHWM, 0)  # requests are few: sending never waits
-        self.socket.bind(endpoint)
-        self._file = Path(endpoint.removeprefix("ipc://"))
-        level = logging.getLogger("engine").getEffectiveLevel()
-        arguments = (endpoint, config, factory, level, log_formatter)
-        self.process = multiprocessing.get_context("spawn").Process(
-            target=main, args=arguments, name="disco-engine", daemon=True
-        )
-        self._oom_kills, self._reap = oom_kills(), _REAP
-        with _signals_blocked():
-            self.process.start()
-        self.ready_at: float | None = None  # the event loop's time
-        self.silence = 0.0  # seconds that somebody has waited for its next word
-        self.unbounded = False  # it said that its next word may take any time
-        self.last_words = ""  # why it ends, if it could say so
-        self.exit = ""  # how it ended
-        self.died: asyncio.Future[None] = loop.create_future()
-        self.inbox = self.receive()
-        loop.add_reader(self.process.sentinel, self._on_death)
+        with contextlib.ExitStack() as made:  # taken back if something fails
+            endpoint = f"ipc://{made.enter_context(socket_folder())}/0"
+            context = zmq.asyncio.Context()
+            made.callback(context.destroy, linger=0)
+            self.socket = context.socket(zmq.PAIR)
+            self.socket.setsockopt(zmq.SNDHWM, 0)  # requests are few: sending never waits
+            self.socket.bind(endpoint)
+            level = logging.getLogger("engine").getEffectiveLevel()
+            arguments = (endpoint, config, factory, level, log_formatter)
+            self.process = multiprocessing.get_context("spawn").Process(
+                target=main, args=arguments, name="disco-engine", daemon=True
+            )
+            self.exit = ""  # how it ended
+            self._oom_kills, self._reap = oom_kills(), _REAP
+            with _signals_blocked():
+                self.process.start()
+            made.callback(self._end)
+            self.ready_at: float | None = None  # the event loop's time
+            self.silence = 0.0  # seconds that somebody has waited for its next word
+            self.unbounded = False  # it said that its next word may take any time
+            self.last_words = ""  # why it ends, if it could say so
+            self.died: asyncio.Future[None] = loop.create_future()
+            self.inbox = self.receive()
+            loop.add_reader(self.process.sentinel, self._on_death)
+            self._made = made.pop_all()
 
     @property
     def why(self) -> str:
@@ -89,6 +87,10 @@ class Worker:
 
     def destroy(self) -> None:
         """Ends the process, reaps it, and closes the socket."""
+        self._made.close()
+        self.inbox.cancel()
+
+    def _end(self) -> None:
         asyncio.get_running_loop().remove_reader(self.process.sentinel)
         self.process.kill()
         self.process.join(self._reap)
@@ -98,9 +100,6 @@ class Worker:
         else:
             self.exit = self._told(code)
             self.process.close()
-        self.inbox.cancel()
-        self.socket.close(linger=0)
-        self._file.unlink(missing_ok=True)  # ZeroMQ leaves it
 
     def _told(self, code: int) -> str:
         if code >= 0:

@@ -8,23 +8,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import zmq.asyncio
 
 from engine.client_base import ClientBase
 from engine.client_process import Worker
 from engine.config import EngineConfig
 from engine.messages import Add, Alive, Fault, LoadFailed, Ready, Stop, ToEngine, decode_from_engine, encode
-from engine.socket_folder import socket_folder
 from engine.types import EngineUnavailable, InvalidRequest
 from engine.worker import check_factory, describe
 
 log = logging.getLogger(__name__)
 
-_MAX_FAILED_LOADS = 5  # in a row, until a restart is given up
+_MAX_FAILED_STARTS = 5  # in a row, until a restart is given up
 _SETTLED = 60.0  # seconds of service after which a death is a new trouble, not the old one again
 _DRAIN = 0.25  # seconds without a message after which a dead process has said everything
 _TICK = 1.0  # seconds between looks at a silent process, at most
@@ -100,10 +97,8 @@ class WorkerEngine(ClientBase):
 
     async def _supervise(self) -> None:
         """The supervisor's task: while the client is open there is a process, or soon will be."""
-        context = zmq.asyncio.Context()
         try:
-            with socket_folder() as folder:
-                await self._keep_running(context, folder)
+            await self._keep_running()
         except Exception as error:
             log.exception("the supervision of the engine process failed")
             self._lose("dead", f"the engine process cannot be supervised: {describe(error)}")
@@ -112,36 +107,41 @@ class WorkerEngine(ClientBase):
                 self._worker.destroy()
                 self._worker = None
             self._settled.set()
-            context.destroy(linger=0)
 
-    async def _keep_running(self, context: zmq.asyncio.Context, folder: Path) -> None:
-        clock, failed_loads, delay = asyncio.get_running_loop().time, 0, self._restart_delay
+    async def _keep_running(self) -> None:
+        failed_starts, delay = 0, self._restart_delay
         while True:
-            endpoint = f"ipc://{folder}/{self._restarts}"
-            worker = self._worker = Worker(
-                context, endpoint, self._config, self._factory, self._log_formatter
-            )
-            await self._attend(worker)
-            if self._state in ("ready", "stalled"):  # its waiters are told once it has said all
-                self._state, self._why = "restarting", "its process ends"
-            await self._bury(worker)
-            self._worker = None
+            why, served = await self._live()
             if self._closing.is_set():
                 return
-            failed_loads = failed_loads + 1 if worker.ready_at is None else 0
-            if worker.ready_at is None and (self._info is None or failed_loads == _MAX_FAILED_LOADS):
-                log.error("%s; given up", worker.why)
-                self._lose("dead", worker.why)
+            failed_starts = failed_starts + 1 if served is None else 0
+            if served is None and (self._info is None or failed_starts == _MAX_FAILED_STARTS):
+                log.error("%s; given up", why)
+                self._lose("dead", why)
                 return
-            if worker.ready_at is not None and clock() - worker.ready_at > _SETTLED:
+            if served is not None and served > _SETTLED:
                 delay = self._restart_delay
-            log.error("%s; started again in %.1f s", worker.why, delay)
-            self._lose("restarting", f"{worker.why}; it is being restarted")
+            log.error("%s; started again in %.1f s", why, delay)
+            self._lose("restarting", f"{why}; it is being restarted")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), delay)
                 return
             delay = min(2 * delay, self._longest_delay)
             self._restarts += 1
+
+    async def _live(self) -> tuple[str, float | None]:
+        """One process from start to end: why it ended, and how many seconds it served; None: it never did."""
+        try:
+            worker = self._worker = Worker(self._config, self._factory, self._log_formatter)
+        except Exception as error:  # of the system, which may be short of anything for a moment
+            return f"the engine process cannot be started: {describe(error)}", None
+        await self._attend(worker)
+        if self._state in ("ready", "stalled"):  # its waiters are told once it has said all
+            self._state, self._why = "restarting", "its process ends"
+        await self._bury(worker)
+        self._worker = None
+        ready_at = worker.ready_at
+        return worker.why, None if ready_at is None else asyncio.get_running_loop().time() - ready_at
 
     async def _attend(self, worker: Worker) -> None:
         """Takes in what the process says until it has ended, or must end."""

@@ -65,6 +65,8 @@ def main(
         signal.signal(each, signal.SIG_IGN)
     faulthandler.enable()
     log_writer.configure(log_level, formatter)
+    if not os.path.exists(endpoint.removeprefix("ipc://")):  # ZeroMQ would wait for it, and nobody end that
+        sys.exit("the engine's socket is gone")
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
