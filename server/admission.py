@@ -45,10 +45,9 @@ class Ticket:
         if self.admission is None or self.share is None:
             return list(requests)
         self.admission.queue_up(self, requests)
-        tenant = self.share.name or ""
-        salt = f"{tenant}\0" if self.admission.apart else ""  # no key's name has a zero in it
+        salt = f"{self.tenant}\0" if self.admission.apart else ""  # no key's name has a zero in it
         return [
-            msgspec.structs.replace(request, tenant=tenant, cache_salt=salt + request.cache_salt)
+            msgspec.structs.replace(request, tenant=self.tenant, cache_salt=salt + request.cache_salt)
             for request in requests
         ]
 
@@ -71,6 +70,11 @@ class Ticket:
         """One of its sequences has ended, or is given up."""
         if self.admission is not None:
             self.admission.left(ident)
+
+    @property
+    def tenant(self) -> str:
+        """The name of the key that it came with; "" where no key is needed."""
+        return (self.share and self.share.name) or ""
 
     @property
     def seconds_left(self) -> float | None:

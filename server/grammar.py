@@ -1,7 +1,7 @@
 """What an answer must look like, compiled in processes of their own: off the event loop, bounded, cached.
 
 A grammar is tried for a moment first, and what takes longer again in a lane of its own: heavy grammars wait
-for heavy ones alone.
+for heavy ones alone. In both lanes API keys take turns: a key that asks for many keeps no other waiting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from engine.types import CompiledGrammar, EngineUnavailable, InvalidRequest
+from server.admission import current
 from server.grammar_messages import Answer, Ask
+from server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +54,11 @@ class Structure:
 
 @dataclass(frozen=True)
 class _Lane:
-    """Grammars one after the other: `seconds` and bytes of memory that one may take."""
+    """Grammars one after the other, by turns of tenants: `seconds` and bytes of memory that one may take."""
 
     seconds: float
     memory: int
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turns: Turns = field(default_factory=Turns)
 
 
 class GrammarCompiler:
@@ -78,7 +80,7 @@ class GrammarCompiler:
         self._kept: OrderedDict[str, CompiledGrammar | str] = OrderedDict()  # grammars and refusals, by key
         self._bytes = 0
         self._lanes = _Lane(min(1.0, seconds), 512 << 20), _Lane(seconds, 1536 << 20)
-        self._asked: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by key
+        self._asked: WeakValueDictionary[tuple[str, str], Turns] = WeakValueDictionary()  # by tenant, key
         self._begun: asyncio.Task[None] | None = None
         self._forks: _Forks | None = None
         self._closed = self._unfit = False
@@ -88,11 +90,12 @@ class GrammarCompiler:
         size = len(structure.text.encode("utf-8", "surrogatepass"))
         if size > self._max_bytes:
             raise _refused(structure, f"{size} bytes are too many: at most {self._max_bytes} are taken")
-        key = _key(structure)
+        key, tenant = _key(structure), current().tenant
         if key not in self._kept:
-            async with self._turn(self._asked.setdefault(key, asyncio.Lock())):
+            # Of the same tenant: who asks for what another one waits for comes in its own turn.
+            async with self._turn(self._asked.setdefault((tenant, key), Turns()), tenant):
                 if key not in self._kept:  # nobody else asked for the same meanwhile
-                    self._keep(key, await self._compiled(key, structure))
+                    await self._add(key, structure, tenant)
         self._kept.move_to_end(key)
         found = self._kept[key]
         if isinstance(found, str):
@@ -105,24 +108,28 @@ class GrammarCompiler:
         self._end()
 
     @asynccontextmanager
-    async def _turn(self, lock: asyncio.Lock) -> AsyncIterator[None]:
+    async def _turn(self, turns: Turns, tenant: str) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(_TURNS * self._seconds + (0 if self._forks else _START_SECONDS)):
-                await lock.acquire()
+                await turns.acquire(tenant)
         except TimeoutError as error:
             raise EngineUnavailable("other grammars are being compiled: try again later") from error
         try:
             yield
         finally:
-            lock.release()
+            turns.release()
 
-    async def _compiled(self, key: str, structure: Structure) -> CompiledGrammar | str:
+    async def _add(self, key: str, structure: Structure, tenant: str) -> None:
+        """Compiles it, in one lane or the other, and keeps what is found."""
         for lane in self._lanes:
-            async with self._turn(lane.turn):
+            async with self._turn(lane.turns, tenant):
+                if key in self._kept:
+                    return
                 answer = await self._tried(structure, lane)
             if not answer.beyond:
                 break
-        return CompiledGrammar(key, answer.data) if answer.refused is None else answer.refused
+        if key not in self._kept:  # two tenants may have it tried in two lanes
+            self._keep(key, CompiledGrammar(key, answer.data) if answer.refused is None else answer.refused)
 
     async def _tried(self, structure: Structure, lane: _Lane) -> Answer:
         forks = await self._ready()
