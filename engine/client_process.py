@@ -34,7 +34,8 @@ class Worker:
             made.callback(context.destroy, linger=0)
             self.socket = context.socket(zmq.PAIR)
             self.socket.setsockopt(zmq.SNDHWM, 0)  # requests are few: sending never waits
-            self.socket.bind(endpoint)
+            # The process binds it: short of file descriptors, a binder of ZeroMQ aborts, who connects waits.
+            self.socket.connect(endpoint)
             level = logging.getLogger("engine").getEffectiveLevel()
             arguments = (endpoint, config, factory, level, log_formatter)
             self.process = multiprocessing.get_context("spawn").Process(

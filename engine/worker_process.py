@@ -22,7 +22,7 @@ _LINGER_MS = 2000  # for the last message to leave
 
 
 class _SocketChannel:
-    """A connected PAIR socket, watched together with the parent process."""
+    """A bound PAIR socket, watched together with the parent process."""
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         parent = multiprocessing.parent_process()
@@ -56,7 +56,7 @@ class _SocketChannel:
 def main(
     endpoint: str, config: EngineConfig, factory: str, log_level: int, formatter: logging.Formatter | None
 ) -> None:
-    """The process: connects to `endpoint`, serves, ends with exit code 0, or 1 after a fault.
+    """The process: binds `endpoint`, serves, ends with exit code 0, or 1 after a fault.
 
     `formatter` writes the lines of its log; None: as text.
     """
@@ -65,13 +65,14 @@ def main(
         signal.signal(each, signal.SIG_IGN)
     faulthandler.enable()
     log_writer.configure(log_level, formatter)
-    if not os.path.exists(endpoint.removeprefix("ipc://")):  # ZeroMQ would wait for it, and nobody end that
-        sys.exit("the engine's socket is gone")
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.setsockopt(zmq.SNDTIMEO, _POLL_MS)
-    socket.connect(endpoint)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        sys.exit(f"the engine's socket cannot be opened: {error}")
     try:
         sound = serve(lambda: import_factory(factory)(config), _SocketChannel(socket))
     except ClientGone:

@@ -5,6 +5,7 @@ import errno
 import itertools
 import multiprocessing.process
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -414,7 +415,7 @@ async def test_an_engine_whose_socket_is_deleted_while_it_starts_is_a_failed_sta
 
     def unlucky(*arguments: Any) -> Worker:
         made.append(Worker(*arguments))
-        if len(made) == 1:  # it is not connected yet: its interpreter starts
+        if len(made) == 1:  # its interpreter starts yet
             [folder] = tmp_path.iterdir()
             shutil.rmtree(folder)
         return made[-1]
@@ -424,6 +425,29 @@ async def test_an_engine_whose_socket_is_deleted_while_it_starts_is_a_failed_sta
     assert engine.restarts == 2
 
 
+async def test_a_server_without_file_descriptors_lives_and_connects_once_it_has_some(
+    engine: WorkerEngine, monkeypatch: pytest.MonkeyPatch
+):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def poor(*arguments: Any) -> Worker:
+        made = Worker(*arguments)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        return made
+
+    monkeypatch.setattr(client_worker, "Worker", poor)
+    with pytest.raises(EngineUnavailable):
+        await read(engine, request(KILL, max_tokens=9))
+    try:
+        await until(lambda: engine.pid is not None and engine.restarts == 1)
+        await asyncio.sleep(2.0)  # meanwhile it connects, or would
+        assert engine.state == "restarting"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    await until(lambda: engine.state == "ready")
+    assert engine.restarts == 1 and tokens(await read(engine, request())) == list(range(5))
+
+
 SHORTAGES = {
     "no pipe": (multiprocessing.process.BaseProcess, "start", OSError(errno.EMFILE, "Too many open files")),
     "no fork": (multiprocessing.process.BaseProcess, "start", BlockingIOError(errno.EAGAIN, "try again")),
@@ -431,7 +455,7 @@ SHORTAGES = {
     "no folder": (tempfile, "mkdtemp", OSError(errno.ENOSPC, "No space left on device")),
     "no context": (zmq.asyncio, "Context", zmq.ZMQError(errno.EMFILE)),
     "no socket": (zmq.asyncio.Context, "socket", zmq.ZMQError(errno.EMFILE)),
-    "no line": (zmq.asyncio.Socket, "bind", zmq.ZMQError(errno.EMFILE)),
+    "no line": (zmq.asyncio.Socket, "connect", zmq.ZMQError(errno.EMFILE)),
     "no watch": (Worker, "receive", OSError(errno.ENOMEM, "Cannot allocate memory")),
 }
 
