@@ -16,6 +16,7 @@ from engine.log_writer import set_levels
 from engine.types import EngineUnavailable, InvalidRequest, RequestFailed
 from server.bench.command import bench
 from server.flags import fail, one_line_errors, settings_flags
+from server.interrupts import ends_at_once
 from server.keys import BadKeys, KeyRing
 from server.keys_command import key
 from server.settings import Settings
@@ -122,13 +123,15 @@ def _root(
 @settings_flags(*_SERVER_FLAGS, *_ENGINE_FLAGS)
 def serve(settings: Settings) -> None:
     """Serve a target model over OpenAI's API. Every flag also reads DISCO_<NAME>."""
-    from server import logs
+    with ends_at_once():
+        from server import logs
 
-    logs.configure(settings.log_level, settings.log_format)  # first: libraries take stderr as they find it
+        # First: libraries take stderr as they find it.
+        logs.configure(settings.log_level, settings.log_format)
 
-    from engine.models.references import ModelError
-    from server import tls, tracing
-    from server.launch import PortTaken, run
+        from engine.models.references import ModelError
+        from server import tls, tracing
+        from server.launch import PortTaken, run
 
     refusals = (tracing.CannotTrace, BadKeys, tls.BadCertificate, PortTaken)
     with one_line_errors(ModelError, EngineUnavailable, InvalidRequest, *refusals):
@@ -159,8 +162,9 @@ def generate(
     ] = None,
 ) -> None:
     """Generate from one prompt here, without a server: the text as it comes, then what speculation did."""
-    from engine.models.references import ModelError
-    from server.generate import run
+    with ends_at_once():
+        from engine.models.references import ModelError
+        from server.generate import run
 
     _log_to_stderr(settings.log_level if settings.log_level != "info" else "warning")
     with one_line_errors(ModelError, EngineUnavailable, InvalidRequest, RequestFailed):
@@ -206,14 +210,19 @@ def pull_model(
 
 
 def main() -> None:
-    """Entry point of the command. Other rooms add commands of their own by entry point."""
+    """The command, whose entry point is server/__main__.py."""
+    add_commands()
+    app()
+
+
+def add_commands() -> None:
+    """Other rooms add commands of their own by entry point."""
     for entry in entry_points(group="disco_serve.commands"):
         command = entry.load()
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=entry.name)
         else:
             app.command(entry.name)(command)
-    app()
 
 
 class _OneLine(logging.Formatter):
@@ -247,3 +256,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         fail(f"cannot listen on {host}:{port}: {error.strerror or error}")
     return listener
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
+from server.interrupts import INTERRUPTED, interrupted
 from server.settings import Settings
 
 
@@ -73,8 +74,12 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Errors of these kinds end the command with their message instead of a traceback."""
     try:
         yield
-    except kinds as error:
-        fail(" ".join(str(error).split()))
+    except Exception as error:
+        if interrupted(error):
+            raise typer.Exit(INTERRUPTED) from error
+        if isinstance(error, kinds):
+            fail(" ".join(str(error).split()))
+        raise
 
 
 def flag(name: str) -> str:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from server.flags import fail, one_line_errors
+from server.interrupts import INTERRUPTED
 
-_INTERRUPTED = 130
 _Number = TypeVar("_Number", int, float)
 
 
@@ -126,7 +126,7 @@ def _run(options: Any, to_json: Path | None, raw: bool, plot: Path | None, allow
         if plot is not None:
             draw(report, plot)
     if report.interrupted:
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
     if report.failed and not allow_errors:
         fail(f"{report.failed} requests failed (--allow-errors takes that)")
 

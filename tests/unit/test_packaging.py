@@ -62,7 +62,7 @@ def test_the_metadata_keep_it_off_public_registries(wheel: Path) -> None:
         commands = archive.read(name).decode()
     assert "Private :: Do Not Upload" in metadata.get_all("Classifier", [])
     assert (metadata["Name"], metadata["License-Expression"]) == ("disco-serve", "Apache-2.0")
-    assert "disco-serve = server.cli:main" in commands
+    assert "disco-serve = server.__main__:main" in commands
 
 
 def test_installed_in_a_clean_environment_the_names_are_ours(wheel: Path, tmp_path: Path) -> None:

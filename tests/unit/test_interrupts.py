@@ -1,0 +1,58 @@
+"""The command as Python runs it, and Ctrl-C before it has begun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from server.interrupts import ends_at_once
+
+
+@pytest.mark.parametrize("module", ["server", "server.cli"])
+def test_python_runs_the_package_as_the_command(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"disco-serve {version('disco-serve')}\n")
+
+
+def interrupted_at(module: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command whose process gets SIGINT as it begins to import a module."""
+    code = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv[1:] = {arguments!r}
+from server.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("module", ["typer", "pydantic", "classifiers.cli", "torch", "uvicorn"])
+def test_ctrl_c_within_imports_ends_the_command_without_a_word(module: str, tiny_llama: Path) -> None:
+    serve = ["serve", "--target", str(tiny_llama), "--draft", "none", "--port", "0"]
+    assert interrupted_at(module, serve) == (130, "")
+
+
+def test_ctrl_c_that_a_library_takes_for_a_failed_import_is_still_one(tiny_llama: Path) -> None:
+    serve = ["serve", "--target", str(tiny_llama), "--draft", "none", "--port", "0"]
+    code, said = interrupted_at("transformers.models.auto.tokenization_auto", serve)
+    assert code == 130 and "Traceback" not in said
+
+
+def test_sigint_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ends_at_once():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
