@@ -87,8 +87,8 @@ def build(config: EngineConfig) -> Parts:
         device="cpu" if offload else device,
         trust_remote_code=config.trust_remote_code,
     )
-    eos_ids = load.eos_token_ids(model, tokenizer)
     vocab = min(load.real_vocab_size(tokenizer), int(model.config.get_text_config().vocab_size))
+    eos_ids = load.ends_within(config.target, load.eos_token_ids(model, tokenizer), vocab)
     draft_model = load_draft_model(config, model, tokenizer, dtype, device)
     _quantize(config, model, draft_model)
     stream = offloaded(config, model, device, free_on_host) if offload else None

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +40,14 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _PROBE = "disco_probe"
 
 TemplateMessage = dict[str, Any]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the template is none that could be parsed: every chat would fail by it."""
+    try:
+        _parsed(_texts(tokenizer.chat_template))
+    except TemplateError as error:
+        raise ValueError(f"its chat template does not parse: {error}") from error
 
 
 class ChatTemplate:
@@ -259,10 +267,14 @@ def _texts(template: str | dict[str, str] | None) -> str:
     return template or ""
 
 
+def _parsed(template: str) -> nodes.Template:
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    return environment.parse(_GENERATION_TAG.sub("", template))
+
+
 def _variables(template: str) -> set[str]:
     """The names that a template reads and does not set."""
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        return meta.find_undeclared_variables(environment.parse(_GENERATION_TAG.sub("", template)))
+        return meta.find_undeclared_variables(_parsed(template))
     except TemplateError:  # rendering will tell
         return set()

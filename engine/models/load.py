@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -25,6 +23,8 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
+from engine.memory_faults import is_out_of_memory
+from engine.models.damage import check_ends, check_weights, ends_within, load_config, reason
 from engine.models.draft import is_draft, load_draft
 from engine.models.prequantized import check_quantization_config, dequantize_at_load
 from engine.models.references import ModelError, ModelNotFound, UnsafeWeights, first_line, quiet, resolve
@@ -35,8 +35,10 @@ __all__ = [
     "ModelNotFound",
     "UnsafeWeights",
     "early_exit",
+    "ends_within",
     "eos_token_ids",
     "keep_layers",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "pick_device",
@@ -47,11 +49,6 @@ __all__ = [
     "tokenizer_sha256",
 ]
 
-# What from_pretrained raises for files that are missing, of another kind, or in need of a package.
-_LOAD_ERRORS = (
-    *(OSError, ValueError, KeyError, ImportError, NotImplementedError, RuntimeError, TypeError),
-    SafetensorError,
-)
 # Encoded by both tokenizers: merges, digits, spaces and other scripts show a different behaviour.
 _PROBE = "The quick  brown fox's 12345 jumps!\n\tdef f(x): return x**2  # naïve café — 你好, привет 🙂"
 
@@ -92,17 +89,18 @@ def load_model(
     """The causal LM of a reference, on `device`, in eval mode, without gradients.
 
     Raises ModelNotFound, UnsafeWeights (no safetensors) or ModelError (any other reason, for
-    example weights missing from the checkpoint, which transformers would make up at random).
+    example weights missing from the checkpoint, which transformers would make up at random, or
+    weights that the model does not have: the config is then of another one).
     """
     where = resolve(reference)
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    config = load_config(reference, trust_remote_code)
     if isinstance(where, Path) and is_draft(where):
         return load_draft(where, dtype, device)
     attention: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with quiet(progress=True):
         try:
-            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
             dequantize_at_load(config)
             check_quantization_config(config, device)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -113,16 +111,18 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below: the error would name none
                 **attention,
             )
         except CannotLoad as error:
             raise ModelError(f"model {reference!r}: {error}") from error
-        except _LOAD_ERRORS as error:
+        except Exception as error:  # a broken file breaks its readers in many ways
+            if is_out_of_memory(error):
+                raise
             raise _load_error(reference, error) from error
     model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"model {reference!r}: its files lack {len(missing)} weights, first {missing[0]}")
+    check_weights(reference, config, model, loaded[1])
+    check_ends(reference, model.generation_config)
     model.requires_grad_(False)
     model.eval()
     return model
@@ -134,8 +134,8 @@ def load_tokenizer(reference: str, trust_remote_code: bool = False) -> PreTraine
     with quiet(progress=False):
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-        except _LOAD_ERRORS as error:
-            raise ModelError(f"tokenizer of {reference!r}: {first_line(error)}") from error
+        except Exception as error:  # a broken file breaks its readers in many ways
+            raise ModelError(f"tokenizer of {reference!r}: {reason(error)}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
@@ -146,7 +146,7 @@ def _load_error(reference: str, error: Exception) -> ModelError:
         return UnsafeWeights(
             f"model {reference!r} has no safetensors; pickles can run code and are not loaded"
         )
-    return ModelError(f"model {reference!r} cannot be loaded: {type(error).__name__}: {message}")
+    return ModelError(f"model {reference!r} cannot be loaded: {reason(error)}")
 
 
 def early_exit(model: PreTrainedModel, layers: int) -> PreTrainedModel:

@@ -297,5 +297,8 @@ def _gguf_of_wheel(alias: Alias, directory: Path) -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, with the next one if it only announces that; its type where
+    there is no message."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    told = next((line.strip() for line in more if line.strip()), "")
+    return f"{first.strip()} {told}" if told and first.rstrip().endswith(":") else first

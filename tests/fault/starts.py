@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,6 +73,42 @@ def _config(model: Path) -> list[str]:
     return []
 
 
+def _said(name: str, **values: Any) -> Callable[[Path], list[str]]:
+    """One of the model's JSON files says something else."""
+
+    def harm(model: Path) -> list[str]:
+        said = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(said | values))
+        return []
+
+    return harm
+
+
+def _written(name: str, content: str) -> Callable[[Path], list[str]]:
+    def harm(model: Path) -> list[str]:
+        (model / name).write_text(content)
+        return []
+
+    return harm
+
+
+def _no_tokenizer(model: Path) -> list[str]:
+    (model / "tokenizer.json").unlink()
+    return []
+
+
+def _draft(harm: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+    """A draft so damaged beside a sound target."""
+
+    def harmed(model: Path) -> list[str]:
+        draft = model.with_name("draft")
+        shutil.copytree(model, draft)
+        harm(draft)
+        return ["--draft", str(draft)]
+
+    return harmed
+
+
 def _memory(model: Path) -> list[str]:
     return ["--kv-blocks", str(2**45)]
 
@@ -99,12 +136,36 @@ def _damaged_head(model: Path) -> list[str]:
     return ["--draft", "self:1", "--head", str(model.parent / head.name)]
 
 
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_ROPE = {"rope_type": "zzz", "rope_theta": 10000.0}
 STARTS = (
     Start("truncated", "weights cut in half", _truncated, "cannot be loaded"),
     Start("garbage_weights", "weights overwritten with noise", _garbage, "cannot be loaded"),
     Start("missing", "no weights at all", _missing, "safetensors"),
     Start("lacking", "a weight is missing from the file", _lacking, "lack 1 weights"),
     Start("config", "config.json cut off", _config, "config"),
+    Start("empty", "an empty file of weights", _written("model.safetensors", ""), "cannot be loaded"),
+    Start("layers", "a config of fewer layers", _said(_CONFIG, num_hidden_layers=1), "hold 9 weights"),
+    Start(
+        "shapes", "a config of other shapes", _said(_CONFIG, num_key_value_heads=4), "k_proj.weight: (16, 32)"
+    ),
+    Start("context", "a config without a context", _said(_CONFIG, max_position_embeddings=0), "is 0"),
+    Start("heads", "a config without heads", _said(_CONFIG, num_attention_heads=0), "num_attention_heads"),
+    Start("rope", "a config with an unknown rope", _said(_CONFIG, rope_parameters=_ROPE), "self.rope_type"),
+    Start("eos_kind", "an end that is no token id", _said(_CONFIG, eos_token_id="x"), "'eos_token_id'"),
+    Start("eos", "an end outside the vocabulary", _said(_GENERATION, eos_token_id=9999), "eos_token_id 9999"),
+    Start("generation", "generation_config.json is no JSON", _written(_GENERATION, "{"), _GENERATION),
+    Start("no_tokenizer", "no tokenizer.json", _no_tokenizer, "tokenizer of"),
+    Start("tokens", "tokenizer.json is no JSON", _written("tokenizer.json", "no"), "tokenizer.json"),
+    Start("template", "a template that is none", _written("chat_template.jinja", "{{"), "does not parse"),
+    Start("draft_truncated", "a draft's weights cut in half", _draft(_truncated), "cannot be loaded"),
+    Start(
+        "draft_layers",
+        "a draft of fewer layers",
+        _draft(_said(_CONFIG, num_hidden_layers=1)),
+        "hold 9 weights",
+    ),
+    Start("draft_heads", "a draft without heads", _draft(_said(_CONFIG, num_attention_heads=0)), "heads"),
     Start("start_memory", "a KV pool larger than memory", _memory, "out of memory"),
     Start("tokenizer", "a draft with another tokenizer", _other_tokenizer, "does not share the tokenizer"),
     Start("foreign_head", "--head for another draft", _foreign_head, "was trained for the draft"),
