@@ -16,6 +16,7 @@ from engine.speculation.drafters.base import Drafted, Drafter, Drafts, RowDraft
 from engine.speculation.drafters.tree import TreeDrafter
 from engine.speculation.faults import DraftFault
 from engine.speculation.policy import options_of
+from engine.speculation.soundness import flaws
 from engine.speculation.tree import rules
 from engine.speculation.tree_table import TreeTable
 
@@ -60,13 +61,19 @@ class Drafting:
         found = []
         for name, drafter in self._parts.drafters.items():
             mine = [row for row in rows if row.sl > 0 and row.seq.drafter == name]
-            unread = [(row.seq, len(row.seq.tokens) - 1) for row in mine if drafter.lags(row.seq)]
-            if unread:
-                self._read(drafter, unread)
-            for row in mine:
-                if drafter.lags(row.seq):  # by more than one pass reads: the rest in the next iterations
+            try:
+                unread = [(row.seq, len(row.seq.tokens) - 1) for row in mine if drafter.lags(row.seq)]
+                if unread:
+                    self._read(drafter, unread)
+                late = [drafter.lags(row.seq) for row in mine]
+            except Exception as error:
+                self._governing.met([row.seq for row in mine], error)
+                continue
+            off = self._governing.faults.off(name, "")
+            for row, lags in zip(mine, late, strict=True):
+                if lags:  # by more than one pass reads: the rest in the next iterations
                     row.draft.stop_reason = "room"
-                elif not self._governing.faults.off(name, ""):
+                elif not off:
                     found.append(row)
         return found
 
@@ -100,17 +107,25 @@ class Drafting:
         """What came of a draft, after a fault without those rows' trust in it."""
         seqs = [row.seq for row in rows]
         read = [seq.draft_kv_len for seq in seqs]
+        deepest, vocab = [seq.max_sl for seq in seqs], self._parts.info.vocab_size
         try:
             drafted = wait()
+            refused = flaws(drafted, [row.sl for row in rows], deepest, vocab)
         except Exception as error:
             self._fell(error, seqs, read)
             return Drafted([RowDraft(stop_reason="drafter") for _ in rows])
         if drafted.fault is not None:
             self._governing.met(seqs, drafted.fault)
+        for i in refused:
+            drafted.rows[i] = RowDraft(stop_reason="drafter")
+            seqs[i].draft_kv_len = _sure(seqs[i])
+        if refused:
+            why = f"it gave {len(refused)} of {len(rows)} rows {next(iter(refused.values()))}"
+            self._governing.met([seqs[i] for i in refused], DraftFault(why))
         unsound = [seq for seq, draft in zip(seqs, drafted.rows, strict=True) if draft.unsound]
         for seq in unsound:  # its draft KV may hold NaN, which no other request is to find in a cached block
             seq.mistrusted = True
-            seq.draft_kv_len = 0 if seq.table is None else seq.table.draft_tokens
+            seq.draft_kv_len = _sure(seq)
         if unsound:
             self._governing.met(
                 unsound, DraftFault(f"the draft of {len(unsound)} of {len(rows)} rows gave NaN")
@@ -127,8 +142,7 @@ class Drafting:
                         drafter.settle(row.seq, row.draft, row.path)
                     table.judged(row.seq, row.draft, row.path)
                 except Exception as error:
-                    sure = 0 if row.seq.table is None else row.seq.table.draft_tokens
-                    self._fell(error, [row.seq], [sure])
+                    self._fell(error, [row.seq], [_sure(row.seq)])
 
     def read(self, prompts: list[tuple[Drafter, list[tuple[Sequence, int]]]]) -> None:
         """Queues the reading of `prompts_to_read`."""
@@ -148,3 +162,8 @@ class Drafting:
             if mine:
                 found.append((drafter, [(row.seq, row.seq.kv_len + row.tokens) for row in mine]))
         return found
+
+
+def _sure(seq: Sequence) -> int:
+    """How much of the draft's KV was there before this step, whatever the drafter says."""
+    return 0 if seq.table is None else seq.table.draft_tokens

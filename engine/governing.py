@@ -5,6 +5,7 @@ Here faults of policies end: nothing is raised but what is fatal to the target, 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping
 from typing import TypeVar
@@ -20,8 +21,9 @@ from engine.speculation.control import PolicyTable
 from engine.speculation.costs import EngineCosts
 from engine.speculation.faults import Faults, PolicyFault
 from engine.speculation.policy import options_of
+from engine.speculation.soundness import wishes_said
 from engine.speculation.stopwatch import Stopwatch
-from engine.speculation.tree import rules, tree_options
+from engine.speculation.tree import TreeOptions, rules, tree_options
 from engine.speculation.tree_table import TreeTable
 from engine.types import SpeculationParams
 
@@ -105,7 +107,9 @@ class Governing:
             self._look()
             wishes = self._wishes(decoding)
         return [
-            self._bounded(seq, wishes[seq.id]) if seq.id in wishes else (0, self._why(seq))
+            self._bounded(seq, wishes[seq.id])
+            if seq.id in wishes and self.trusted(seq)
+            else (0, self._why(seq))
             for seq in decoding
         ]
 
@@ -120,7 +124,7 @@ class Governing:
                     for seq in mine:
                         if seq.slot < 0:
                             self.tables[seq.drafter].take(seq)
-                    asked = table.limits(mine)
+                    asked = wishes_said(table.limits(mine), len(mine))
                 except Exception as error:
                     self.met(mine, error)
                     continue  # without those whose fault it was
@@ -174,11 +178,16 @@ class Governing:
     def _bounded(self, seq: Sequence, wish: int) -> tuple[int, str | None]:
         # A draft of k emits up to k + 1 tokens and writes KV for the newest token and all k.
         left = self._parts.info.max_model_len - len(seq.tokens) - 1
-        room = min(
-            seq.params.max_tokens - seq.generated - 1, left, self._parts.drafters[seq.drafter].room(seq)
-        )
+        try:
+            own = operator.index(self._parts.drafters[seq.drafter].room(seq))
+        except Exception as error:
+            self.met([seq], error)
+            return 0, "drafter"
+        room = min(seq.params.max_tokens - seq.generated - 1, left, own)
         if self.maker(seq.drafter) in rules() and min(seq.max_sl, room) > 0:  # they bound the tree's depth
-            return min((wish, "policy"), (max(left, 0), "room"), key=lambda bound: bound[0])
+            assert isinstance(seq.options, TreeOptions)
+            bounds = (wish, "policy"), (seq.options.budget, "cap"), (max(left, 0), "room")
+            return min(bounds, key=lambda bound: bound[0])
         return min((wish, "policy"), (seq.max_sl, "cap"), (max(room, 0), "room"), key=lambda bound: bound[0])
 
     def drafts(self, seq: Sequence) -> bool:
@@ -192,7 +201,7 @@ class Governing:
             with self._asking:
                 if seq.slot < 0:
                     table.take(seq)
-                return table.limits([seq]) != [0]
+                return wishes_said(table.limits([seq]), 1) != [0]
         except Exception as error:
             self.faults.met(seq.drafter, error)
             return False
@@ -230,9 +239,12 @@ class Governing:
 
     def _learning(self, name: str, rows: list[PlanRow]) -> list[PlanRow]:
         """Those whose drafts this table governs now, and that learn. One without a slot was not asked."""
-        mine = [row for row in rows if row.decodes and row.seq.slot >= 0 and self.trusted(row.seq)]
-        return [
-            row
-            for row in mine
-            if self.maker(row.seq.drafter) == name and self.tables[row.seq.drafter].learns(row.seq)
-        ]
+        mine = [row for row in rows if row.decodes and row.seq.slot >= 0]
+        return [row for row in mine if self.maker(row.seq.drafter) == name and self._learns(row.seq)]
+
+    def _learns(self, seq: Sequence) -> bool:
+        try:
+            return self.trusted(seq) and self.tables[seq.drafter].learns(seq)
+        except Exception as error:
+            self.met([seq], error)
+            return False

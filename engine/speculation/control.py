@@ -23,6 +23,7 @@ from engine.speculation.policy import (
     options_of,
     policies,
 )
+from engine.speculation.soundness import decisions_said, limits_said
 from engine.speculation.stopwatch import Stopwatch
 from engine.types import InvalidRequest
 
@@ -103,13 +104,15 @@ class PolicyTable:
             answers = []
             for policy, state in self._in_use(unknown):
                 with blamed(policy.name):
-                    answers.append((state.mine, policy.limit(state)))
+                    answers.append((state.mine, limits_said(policy.limit(state), state.rows)))
             merged = _merge(answers[0][1], answers[1:])
             for row, limit in zip(unknown, merged.tolist(), strict=True):
                 self._limits[row.slot] = limit
-        for row in rows:
-            if self._limits[row.slot] < 0:  # what NaN becomes
-                raise PolicyFault(row.policy, f"it would draft {self._limits.pop(row.slot)} tokens")
+        wrong = [row for row in rows if self._limits[row.slot] < 0]
+        for row in wrong:
+            del self._limits[row.slot]
+        if wrong:
+            raise PolicyFault(wrong[0].policy, "its limit is negative, or no whole number")
         return [self._limits[row.slot] for row in rows]
 
     def _told(self) -> set[int]:
@@ -149,7 +152,7 @@ class PolicyTable:
             if policy.needs:
                 state.rows, state.mine = slots, numbers == self._numbers[name]
                 with blamed(name):
-                    answers.append((state.mine, policy.keep_drafting(signals, state)))
+                    answers.append((state.mine, decisions_said(policy.keep_drafting(signals, state), slots)))
         return _merge(torch.ones_like(signals.alive), answers)
 
     def asked(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -242,7 +245,7 @@ class PolicyTable:
             state.rows, state.mine = slots, numbers == self._numbers[name]
             with blamed(name):
                 policy.observe(Outcome(drafted, accepted), state)
-                answers.append((state.mine, policy.limit(state)))
+                answers.append((state.mine, limits_said(policy.limit(state), slots)))
         return _merge(answers[0][1], answers[1:])
 
     def shared(self) -> dict[str, dict[str, Tensor]]:
@@ -264,7 +267,8 @@ class PolicyTable:
 
     def learns(self, seq: Sequence) -> bool:
         """Whether the row's policy is to be told of outcomes."""
-        return self._policies[seq.policy].learns(seq.options)
+        with blamed(seq.policy):
+            return self._policies[seq.policy].learns(seq.options)
 
     def _in_use(self, rows: Seq[Sequence]) -> list[tuple[StopPolicy, State]]:
         slots, numbers = self._slots_of(rows), self._numbers_of(rows)
