@@ -1,6 +1,7 @@
 """What drafters, policies and trees' tables may say. What cannot be is a fault of theirs, found here.
 
-Of what lies on the device only shapes and types are looked at, except where it is read back anyway.
+Of what lies on the device only shapes and types are looked at, except where it is read back anyway: what a
+law's numbers are, a drafter answers for (NaN is found where it draws).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from engine.speculation.tree import MOST_NODES
 
 _UNTOLD = -1  # for a limit that is no number of tokens
 _MOST = 2.0**31  # tokens: more is as good as this, and fits int64
-_ROUNDING = 1e-3  # by which a law's sum may miss 1
 _REASONS = frozenset({None, "policy", "cap", "room", "drafter"})
 
 
@@ -62,20 +62,18 @@ def wishes_said(wishes: list[int], rows: int) -> list[int]:
 def flaws(drafted: Drafted, limits: Seq[int], deepest: Seq[int], vocab: int) -> dict[int, str]:
     """The rows whose drafts cannot be verified, and why; `deepest`: the most tokens on one way.
 
-    Raises DraftFault, or what reading it raises, for what is not even drafts of these rows. Laws are read
-    back once; there are none where a device's loop drafts.
+    Raises DraftFault, or what reading it raises, for what is not even drafts of these rows. Of laws only the
+    shape is looked at: to read their numbers would hold every step up.
     """
     if len(drafted.rows) != len(limits):
         raise DraftFault(f"{len(limits)} rows got {len(drafted.rows)} drafts")
     if not all(count > 0 and 0 <= seconds < math.inf for count, seconds in drafted.steps):
         raise DraftFault(f"steps cannot have taken (rows, seconds) {drafted.steps}")
-    found = {
+    return {
         i: flaw
         for i, (draft, most, depth) in enumerate(zip(drafted.rows, limits, deepest, strict=True))
         if (flaw := _flaw(draft, most, depth, vocab)) is not None
     }
-    judged = [i for i, draft in enumerate(drafted.rows) if i not in found and draft.laws]
-    return found | _lawless({i: drafted.rows[i] for i in judged})
 
 
 def _flaw(draft: RowDraft, most: int, deepest: int, vocab: int) -> str | None:
@@ -101,21 +99,3 @@ def _flaw(draft: RowDraft, most: int, deepest: int, vocab: int) -> str | None:
     if draft.lookahead > deepest:
         return f"a way of {draft.lookahead} tokens where {deepest} were asked for"
     return None
-
-
-def _lawless(drafts: dict[int, RowDraft]) -> dict[int, str]:
-    """The rows with a law that is no probability law, or of which the token cannot come."""
-    if not drafts:
-        return {}
-    of = {id(law): law for draft in drafts.values() for law in draft.laws}  # siblings share one
-    known = {key: (law.sum(), law.amin()) for key, law in of.items()}
-    owners, told = [], []
-    for i, draft in drafts.items():
-        for token, law in zip(draft.tokens, draft.laws, strict=True):
-            owners.append(i)
-            told.append(torch.stack((*known[id(law)], law[token])))
-    return {
-        i: "a law q that its token cannot have been drawn from"
-        for i, (total, least, chance) in zip(owners, torch.stack(told).tolist(), strict=True)
-        if not (abs(total - 1) <= _ROUNDING and least >= 0 and chance > 0)  # NaN is neither
-    }

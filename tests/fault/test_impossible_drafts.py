@@ -206,13 +206,7 @@ def law(**at: float) -> torch.Tensor:
 
 
 LAWS: dict[str, list[torch.Tensor]] = {
-    "NaN": [torch.full((VOCAB,), float("nan"))],
-    "NaN for another token": [law(t9=float("nan"))],
-    "infinite": [law(t9=float("inf"))],
-    "negative": [law(t9=-0.5)],
-    "of a sum that is not 1": [2 * law()],
     "of integers": [torch.zeros(VOCAB, dtype=torch.int64)],
-    "under which the token cannot be": [law(t5=0.0)],
     "of another vocabulary": [torch.full((VOCAB + 1,), 1 / (VOCAB + 1))],
     "one too many": [law(), law()],
     "no tensor": [None],  # type: ignore[list-item]
