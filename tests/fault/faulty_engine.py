@@ -4,7 +4,6 @@ A file is a fault's name; it is taken away when the fault is injected. Steps tak
 they would, so that requests are in flight when it is.
 """
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -34,7 +33,7 @@ class Faulty:
         self._folder = Path(os.environ[FOLDER])
         self._engine = Engine(config)
         self._harmed: list[tuple[Any, str, Any]] = []
-        self._hogged: list[torch.Tensor] = []
+        self._hogged: list[ctypes.c_uint64] = []
         self.add, self.abort = self._engine.add, self._engine.abort
         self.cut, self.has_work, self.close = self._engine.cut, self._engine.has_work, self._engine.close
         self.mark = -1
@@ -65,9 +64,8 @@ class Faulty:
         while self._harmed:
             owner, name, value = self._harmed.pop()
             setattr(owner, name, value)
-        if self._hogged:
-            self._hogged.clear()
-            torch.cuda.empty_cache()
+        while self._hogged:
+            ctypes.CDLL("libcuda.so.1").cuMemFree_v2(self._hogged.pop())
         self._engine._governing.faults._off.clear()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -99,11 +97,11 @@ class Faulty:
         self.replace(self._engine, "_run_target", run)
 
     def hog(self) -> None:
-        """All that is left of the GPU's memory is somebody else's."""
-        for size in (2**30, 2**24, 2**21, 2**12):
-            with contextlib.suppress(torch.OutOfMemoryError):
-                while True:
-                    self._hogged.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        """All that is left of the GPU's memory is somebody else's: torch keeps what it has."""
+        driver = ctypes.CDLL("libcuda.so.1")
+        for size in (2**30, 2**24, 2**21):
+            while driver.cuMemAlloc_v2(ctypes.byref(place := ctypes.c_uint64()), ctypes.c_size_t(size)) == 0:
+                self._hogged.append(place)
 
     def draft(self, forward: Callable[[Any, Callable[[Any], Any]], Any]) -> None:
         runner = self._engine._parts.drafters["model"].runner  # type: ignore[attr-defined]
