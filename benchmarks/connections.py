@@ -41,7 +41,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "clients"
 
 from live import ROOT, RunFailed, Served, serving
 
-FLAGS = ("--read-seconds", "3600", "--write-seconds", "3600", "--log-level", "warning", "--device", "cpu")
+FLAGS = (
+    "--read-seconds", "3600", "--write-seconds", "3600", "--log-level", "warning", "--device", "cpu",
+    "--max-queued-requests", "1000",  # all slow clients' streams may wait at once
+)  # fmt: skip
 _AT_ONCE, _STREAMS = 200, 32  # connections that are opened, and streams that are asked for, at the same time
 _PAGES = 12  # that a slow client asks for: some 1 MB
 _BYTES, _PAUSE = 200, 0.2  # that a slow client reads, and then waits for

@@ -41,7 +41,8 @@ def cut_line() -> None:
     """Ends the connection under it."""
     for each in psutil.Process().net_connections("unix"):
         with socket.socket(fileno=os.dup(each.fd)) as half:
-            half.shutdown(socket.SHUT_RDWR)
+            if not half.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # ZeroMQ aborts without that one
+                half.shutdown(socket.SHUT_RDWR)
 
 
 class Scripted:

@@ -192,7 +192,8 @@ def started(start: Start, device: str = "cpu") -> Started:
             code, lines = done.returncode, done.stderr.strip().splitlines()
         except subprocess.TimeoutExpired:
             code, lines = None, ["it goes on"]
-    told = Started(start.name, start.what, code, time.monotonic() - begin, lines[-1] if lines else "")
+    line = lines[-1].replace(f"{folder}/", "") if lines else ""
+    told = Started(start.name, start.what, code, time.monotonic() - begin, line)
     if code != 1:
         told.wrong.append(f"exit code {code}")
     if start.says not in told.line:

@@ -15,7 +15,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import hostile_clients as hostile
 from record import save
-from starts import STARTS, started
+from starts import STARTS, Started, started
 
 if TYPE_CHECKING:  # it imports all of a server, which the engine's process would import with this file
     from ground import Ground, Told
@@ -159,18 +160,15 @@ async def inject(here: Ground, fault: Fault, stream: bool, asked: Sequence[str])
 
 async def run(
     faults: Sequence[Fault], clients: int, ways: Sequence[bool] = (True, False), device: str = "cpu"
-) -> list[Row]:
+) -> AsyncGenerator[Row, None]:
     """A row for every fault, and for streams and whole answers."""
     from ground import ground
 
     asked = [MARKED, *(f"client number {i} says" for i in range(1, clients))]
-    rows = []
     async with ground(asked, device=device) as here:
         for fault in faults:
             for stream in ways:
-                rows.append(await inject(here, fault, stream, asked))
-                _say(rows[-1])
-    return rows
+                yield await inject(here, fault, stream, asked)
 
 
 def _say(row: Row) -> None:
@@ -196,16 +194,31 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(sorted(wanted - known))}; known: {', '.join(sorted(known))}")
     faults = [fault for fault in FAULTS if wanted is None or fault.name in wanted]
     faults = [fault for fault in faults if options.device == "cuda" or not fault.gpu]
+    rows: list[Row] = []
+    starts: list[Started] = []
+
+    def keep() -> None:  # as it grows: what was seen before a hang is not lost
+        if options.json:
+            found = {
+                "in_flight": [asdict(row) for row in rows],
+                "at_start": [asdict(each) for each in starts],
+            }
+            save(options.json, {"device": options.device, **found})
+
+    async def inject_all() -> None:
+        async with aclosing(run(faults, options.clients, device=options.device)) as found:
+            async for row in found:
+                rows.append(row)
+                _say(row)
+                keep()
+
     print("fault        as      inj fly  fine  told  lost  new  seconds  what")
-    rows = asyncio.run(run(faults, options.clients, device=options.device)) if faults else []
-    starts = [started(start, options.device) for start in STARTS if wanted is None or start.name in wanted]
-    if options.json:
-        about = {
-            "device": options.device,
-            "in_flight": [asdict(row) for row in rows],
-            "at_start": [asdict(each) for each in starts],
-        }
-        save(options.json, about)
+    if faults:
+        asyncio.run(inject_all())
+    for start in STARTS:
+        if wanted is None or start.name in wanted:
+            starts.append(started(start, options.device))
+            keep()
     lost = sum(len(row.lost) for row in rows) + sum(len(each.wrong) for each in starts)
     print(f"{len(rows)} injections in flight, {len(starts)} at start: {lost} lost")
     return bool(lost)

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import tempfile
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,12 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_few_faults_harm_nobody_else():
     faults = [fault for fault in table.FAULTS if fault.name in FEW]
-    rows = asyncio.run(table.run(faults, clients=3, ways=(True,)))
+
+    async def injected() -> list[table.Row]:
+        async with aclosing(table.run(faults, clients=3, ways=(True,))) as rows:
+            return [row async for row in rows]
+
+    rows = asyncio.run(injected())
     assert [row.fault for row in rows] == [fault.name for fault in faults]
     assert [row.lost for row in rows] == [[]] * len(rows)
     by_name = {row.fault: row for row in rows}
