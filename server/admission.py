@@ -155,8 +155,8 @@ class Admission:
             share = self._shares[key] = Share(key, self._limits)
         if self.draining:
             raise self._counted(shutting_down())
-        if generates and not self._room(share, 1):
-            raise self._full("queue_requests", f"{self.queued} requests wait already")
+        if generates:
+            self._check_place(share)
         try:
             share.enter()
         except ApiError as error:
@@ -181,8 +181,7 @@ class Admission:
     def reserve(self, ticket: Ticket) -> None:
         """A place for one sequence of this request. Raises ApiError 429."""
         assert ticket.share is not None
-        if not self._room(ticket.share, 1):
-            raise self._full("queue_requests", f"{self.queued} requests wait already")
+        self._check_place(ticket.share)
         self._reserved += 1
         ticket.share.waiting += 1
         ticket.reserved = True
@@ -243,6 +242,10 @@ class Admission:
         for ticket in list(self._tickets):
             for stop in list(ticket.stops):
                 stop(shutting_down("the answer did not end in time"))
+
+    def _check_place(self, share: Share) -> None:
+        if not self._room(share, 1):
+            raise self._full("queue_requests", f"{self.queued} requests wait already")
 
     def _room(self, share: Share, sequences: int) -> bool:
         """Whether so many more of this key may wait: while the queue is not full, and beyond that where the

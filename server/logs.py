@@ -79,10 +79,10 @@ class RequestContext:
                 raise
             await to_api_error(error).response()(scope, receive, send_with_id)
         finally:
-            # the route's template, never the raw path: labels must be bounded
             if (refused := scope.get(REFUSED)) is not None:
                 told.answered(refused.status, refused.code)
             told.key = scope.get(KEY_NAME)
+            # the route's template, never the raw path: labels must be bounded
             told.end(getattr(scope.get("route"), "path", "unmatched"))
             self._metrics.http_requests.labels(told.route, str(told.status)).inc()
             if self._tracing is not None and span is not None:

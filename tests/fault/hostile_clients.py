@@ -62,7 +62,7 @@ def _holds(here: Ground, port: int) -> bool:
 
 
 async def never_reads(here: Ground, stream: bool) -> str | None:
-    """A long answer, of which nothing is taken: it is given up."""
+    """A long answer, of which nothing but its status is taken: it is given up."""
     deaf = socket.socket()
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     deaf.setblocking(False)
@@ -70,6 +70,8 @@ async def never_reads(here: Ground, stream: bool) -> str | None:
     await loop.sock_connect(deaf, ("127.0.0.1", here.port))
     own = deaf.getsockname()[1]
     await loop.sock_sendall(deaf, _post(stream, n=8, max_tokens=200, logprobs=5, ignore_eos=True))
+    if wrong := _not(200, await asyncio.wait_for(loop.sock_recv(deaf, 13), _LATE)):
+        return wrong
     begun = time.monotonic()
     while (held := _holds(here, own)) and time.monotonic() < begun + _LATE:
         await asyncio.sleep(0.1)

@@ -182,8 +182,7 @@ def started(start: Start, device: str = "cpu") -> Started:
             check=True, capture_output=True,
         )  # fmt: skip
         flags = start.harm(model)
-        code = "from server.cli import main; main()"
-        command = [sys.executable, "-c", code, "serve", "--target", str(model), "--port", "0"]
+        command = [sys.executable, "-m", "server", "serve", "--target", str(model), "--port", "0"]
         command += ["--device", device, *([] if "--draft" in flags else ["--draft", "none"]), *flags]
         begin = time.monotonic()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DISCO_")}

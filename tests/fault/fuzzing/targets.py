@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from engine.types import InvalidRequest
 from server.bounds import MOST_OBJECTS
 from server.detokenize import TextStream
+from server.errors import ApiError
 from server.http1_checks import Connection
 from server.protocol import body
 from server.protocol.chat import ChatBody
@@ -41,7 +42,7 @@ def protocol(data: bytes) -> None:
     for model in _BODIES:
         try:
             body.validate(model, body.parse_json(data, MOST_OBJECTS))
-        except InvalidRequest as error:
+        except (InvalidRequest, ApiError) as error:
             assert error.message and len(error.message) < 2000 + len(data)
 
 
