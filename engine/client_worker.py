@@ -135,10 +135,16 @@ class WorkerEngine(ClientBase):
             worker = self._worker = Worker(self._config, self._factory, self._log_formatter)
         except Exception as error:  # of the system, which may be short of anything for a moment
             return f"the engine process cannot be started: {describe(error)}", None
-        await self._attend(worker)
-        if self._state in ("ready", "stalled"):  # its waiters are told once it has said all
-            self._state, self._why = "restarting", "its process ends"
-        await self._bury(worker)
+        try:
+            await self._attend(worker)
+            if self._state in ("ready", "stalled"):  # its waiters are told once it has said all
+                self._state, self._why = "restarting", "its process ends"
+            await self._bury(worker)
+        except Exception as error:  # of its line or of us: the next one has a line of its own
+            log.exception("the engine process cannot be attended")
+            why = f"the engine process could not be attended: {describe(error)}"
+            worker.last_words = worker.last_words or why
+        worker.destroy()
         self._worker = None
         ready_at = worker.ready_at
         return worker.why, None if ready_at is None else asyncio.get_running_loop().time() - ready_at
@@ -209,4 +215,3 @@ class WorkerEngine(ClientBase):
             if not worker.inbox.done():
                 break
             self._take(worker)
-        worker.destroy()

@@ -9,17 +9,14 @@ import textwrap
 import time
 from pathlib import Path
 
-import msgspec
 import psutil
 import pytest
 
 from engine.client_worker import WorkerEngine
 from engine.config import EngineConfig
 from engine.types import (
-    CompiledGrammar,
     EngineUnavailable,
     InvalidRequest,
-    SamplingParams,
     StepStats,
     TokenEvent,
 )
@@ -27,18 +24,10 @@ from server.metrics import Metrics
 
 sys.path.insert(0, str(Path(__file__).parent))  # the worker process gets it too
 from scripted_engine import (
-    BREAK_ADD,
-    CLOSES,
-    CUTS,
-    EXIT,
-    GARBAGE,
     HANG,
     KILL,
-    LONG,
-    RAISE,
     REFUSE,
     SLOW,
-    WAITS,
 )
 from worker_support import FACTORY, PATIENCE, read, request, tokens, until
 
@@ -142,142 +131,6 @@ async def test_counters_never_go_back(engine: WorkerEngine):
         await abort()
         await read(engine, request())
     assert told("disco_preemptions_total") == 5
-
-
-@pytest.mark.parametrize(("kind", "cause"), [(EXIT, r"exit code 7"), (KILL, r"signal 9")])
-async def test_a_death_fails_the_waiters_and_new_requests_are_served(
-    engine: WorkerEngine, kind: int, cause: str
-):
-    bystander = asyncio.create_task(read(engine, request(SLOW, 10**5)))
-    seen: list[TokenEvent] = []
-    with pytest.raises(EngineUnavailable, match=f"the engine process died .{cause}.; it is being restarted"):
-        async for event in engine.generate(request(kind, max_tokens=9)):
-            seen.append(event)
-    assert tokens(seen) == [0, 1][: len(seen)]  # a sudden death may swallow what was not yet sent
-    with pytest.raises(EngineUnavailable, match=cause):
-        await bystander
-    assert engine.state == "restarting"
-    with pytest.raises(EngineUnavailable, match="restarting"):
-        await read(engine, request())
-    await engine.check(request())  # needs no engine
-    await until(lambda: engine.state == "ready")
-    assert engine.restarts == 1
-    assert tokens(await read(engine, request())) == list(range(5))
-
-
-@pytest.mark.parametrize(("kind", "cause"), [(RAISE, "the step is broken"), (BREAK_ADD, "add is broken")])
-async def test_a_fault_fails_every_open_request_and_says_why(
-    capfd: pytest.CaptureFixture[str], kind: int, cause: str
-):
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05)
-    await engine.start()
-    bystander = asyncio.create_task(read(engine, request(SLOW, 10**5)))
-    await asyncio.sleep(0.1)
-    seen: list[TokenEvent] = []
-    with pytest.raises(EngineUnavailable, match=cause):
-        async for event in engine.generate(request(kind, max_tokens=9)):
-            seen.append(event)
-    assert tokens(seen) == ([0, 1] if kind == RAISE else [])  # nothing that was computed is lost
-    with pytest.raises(EngineUnavailable, match=f"{cause}; it is being restarted"):
-        await bystander
-    await until(lambda: engine.restarts == 1 and engine.state == "ready")
-    assert tokens(await read(engine, request())) == list(range(5))
-    await engine.close()
-    stderr = capfd.readouterr().err
-    assert "Traceback" in stderr and f"RuntimeError: {cause}" in stderr
-
-
-async def test_a_hung_step_is_ended(tmp_path: Path):
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05, step_timeout=0.5)
-    await engine.start()
-    with pytest.raises(EngineUnavailable, match="hung"):
-        await read(engine, request(HANG, max_tokens=9))
-    await until(lambda: engine.state == "ready")
-    assert tokens(await read(engine, request())) == list(range(5))
-    await engine.close()
-
-
-async def test_an_engine_that_is_stopped_is_stalled_then_ended(caplog: pytest.LogCaptureFixture):
-    """Meanwhile nobody is let in, and one whose waiters have left is ended all the same."""
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05, step_timeout=1.0)
-    await engine.start()
-    stream = engine.generate(request(SLOW, 10**5))
-    await anext(stream)
-    assert engine.pid is not None
-    os.kill(engine.pid, signal.SIGSTOP)
-    await stream.aclose()
-    await until(lambda: engine.state == "stalled")
-    with pytest.raises(EngineUnavailable, match="stalled: no step for"):
-        await read(engine, request())
-    await until(lambda: engine.state == "restarting")
-    await until(lambda: engine.state == "ready")
-    assert engine.restarts == 1
-    assert tokens(await read(engine, request())) == list(range(5))
-    assert "is stalled" in caplog.text and "hung: no step for 1 s" in caplog.text
-    await engine.close()
-
-
-async def test_a_stalled_engine_that_goes_on_is_ready_again():
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, step_timeout=2.0)
-    await engine.start()
-    reader = asyncio.create_task(read(engine, request(SLOW, 50)))
-    await asyncio.sleep(0.2)
-    assert engine.pid is not None
-    os.kill(engine.pid, signal.SIGSTOP)
-    await until(lambda: engine.state == "stalled")
-    os.kill(engine.pid, signal.SIGCONT)
-    assert tokens(await reader) == list(range(50))
-    assert (engine.state, engine.restarts) == ("ready", 0)
-    await engine.close()
-
-
-@pytest.mark.parametrize("kind", [LONG, WAITS], ids=["told to have no end", "waits for a grammar"])
-async def test_the_limit_is_not_for_what_has_none(kind: int):
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, step_timeout=0.4)
-    await engine.start()
-    grammar = CompiledGrammar(key="nothing", data=b"-") if kind == WAITS else None
-    asked = msgspec.structs.replace(request(kind), params=SamplingParams(max_tokens=5, grammar=grammar))
-    assert tokens(await read(engine, asked)) == list(range(5))  # it takes 1.2 s
-    assert (engine.state, engine.restarts) == ("ready", 0)
-    await engine.close()
-
-
-async def test_a_message_that_cannot_be_read_ends_the_process_not_the_supervision():
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05)
-    await engine.start()
-    with pytest.raises(EngineUnavailable, match="could not be taken"):
-        await read(engine, request(GARBAGE, 10**5))
-    await until(lambda: engine.state == "ready")
-    assert tokens(await read(engine, request())) == list(range(5))
-    await engine.close()
-
-
-@pytest.mark.parametrize("kind", [CLOSES, CUTS], ids=["its socket is closed", "its line is cut"])
-async def test_the_line_breaks(kind: int):
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.05, step_timeout=1.0)
-    await engine.start()
-    with pytest.raises(EngineUnavailable):
-        await read(engine, request(kind, 10**5))
-    await until(lambda: engine.state == "ready")
-    assert engine.restarts == 1
-    assert tokens(await read(engine, request())) == list(range(5))
-    await engine.close()
-
-
-async def test_an_engine_that_dies_at_once_does_not_spin(monkeypatch: pytest.MonkeyPatch):
-    engine = WorkerEngine(EngineConfig(target="ok"), FACTORY, restart_delay=0.1, longest_delay=0.4)
-    await engine.start()
-    waits = []
-    for _ in range(4):
-        with pytest.raises(EngineUnavailable):
-            await read(engine, request(EXIT))
-        await until(lambda: engine.state == "restarting" and engine.pid is None)
-        begin = time.monotonic()
-        await until(lambda: engine.pid is not None)
-        waits.append(time.monotonic() - begin)
-        await until(lambda: engine.state == "ready")
-    assert waits[0] < 0.2 <= waits[2] + 0.1 and waits[3] >= 0.3
-    await engine.close()
 
 
 async def test_closing_a_hung_engine_kills_it(engine: WorkerEngine):
