@@ -31,10 +31,10 @@ Stop = Callable[[ApiError], None]
 class Ticket:
     """One request's leave to be here. `due`: when it must be answered, by `time.monotonic`; None: never."""
 
-    admission: Admission | None = None
-    share: Share | None = None
+    admission: Admission
+    share: Share
+    generates: bool  # it asks for sequences
     due: float | None = None
-    generates: bool = False  # it asks for sequences
     reserved: bool = False  # a place in the queue, until its sequences are known
     held: int = 0  # bytes of its body, if that is large
     ids: list[str] = field(default_factory=list)  # of its sequences
@@ -42,8 +42,6 @@ class Ticket:
 
     def enter(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         """The request's sequences join the queue, on behalf of its key. Raises ApiError 429."""
-        if self.admission is None or self.share is None:
-            return list(requests)
         self.admission.queue_up(self, requests)
         salt = f"{self.tenant}\0" if self.admission.apart else ""  # no key's name has a zero in it
         return [
@@ -53,28 +51,25 @@ class Ticket:
 
     def hold(self, size: int) -> None:
         """Its body has so many bytes by now. Raises ApiError 429."""
-        if self.admission is not None:
-            self.admission.hold(self, size)
+        self.admission.hold(self, size)
 
     def release_body(self) -> None:
         """Its body was read, or is not waited for."""
-        if self.admission is not None:
-            self.admission.release_body(self)
+        self.admission.release_body(self)
 
     def reserve(self) -> None:
         """Its body has come: it keeps a place in the queue. Raises ApiError 429."""
-        if self.admission is not None and self.generates:
+        if self.generates:
             self.admission.reserve(self)
 
     def left(self, ident: str) -> None:
         """One of its sequences has ended, or is given up."""
-        if self.admission is not None:
-            self.admission.left(ident)
+        self.admission.left(ident)
 
     @property
     def tenant(self) -> str:
         """The name of the key that it came with; "" where no key is needed."""
-        return (self.share and self.share.name) or ""
+        return self.share.name or ""
 
     @property
     def seconds_left(self) -> float | None:
@@ -83,8 +78,7 @@ class Ticket:
 
     def expired(self) -> ApiError:
         """What a request is told that is due."""
-        if self.admission is not None:
-            self.admission.metrics.expired.inc()
+        self.admission.metrics.expired.inc()
         return deadline_passed()
 
     @contextmanager
@@ -161,7 +155,7 @@ class Admission:
             share.enter()
         except ApiError as error:
             raise self._counted(error) from None
-        ticket = Ticket(self, share, generates=generates)
+        ticket = Ticket(self, share, generates)
         self._tickets.add(ticket)
         return ticket
 
@@ -180,7 +174,6 @@ class Admission:
 
     def reserve(self, ticket: Ticket) -> None:
         """A place for one sequence of this request. Raises ApiError 429."""
-        assert ticket.share is not None
         self._check_place(ticket.share)
         self._reserved += 1
         ticket.share.waiting += 1
@@ -191,7 +184,6 @@ class Admission:
 
         One that could not even enter an empty queue is taken when nothing else waits.
         """
-        assert ticket.share is not None
         self._give_back(ticket)
         tokens = sum(len(request.prompt_ids) for request in requests)
         if self._reserved + len(self._waiting) and not self._room(ticket.share, len(requests)):
@@ -231,8 +223,7 @@ class Admission:
         """The request has been answered, or its client has left."""
         self._tickets.discard(ticket)
         self._give_back(ticket)
-        if ticket.share is not None:
-            ticket.share.leave()
+        ticket.share.leave()
         for ident in ticket.ids:
             self.left(ident)
             self._spenders.pop(ident, None)
@@ -268,7 +259,7 @@ class Admission:
         share.waiting_tokens -= tokens
 
     def _give_back(self, ticket: Ticket) -> None:
-        if ticket.reserved and ticket.share is not None:
+        if ticket.reserved:
             self._reserved -= 1
             ticket.share.waiting -= 1
         ticket.reserved = False
@@ -288,10 +279,10 @@ class Admission:
         return self.queued / rate if rate else 1.0
 
 
-_current: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+_current: ContextVar[Ticket] = ContextVar("ticket")
 enter, leave = _current.set, _current.reset
 
 
 def current() -> Ticket:
-    """The ticket of the request that is being answered here; outside of one, a ticket without bounds."""
-    return _current.get() or Ticket()
+    """The ticket of the request that is being answered here. Raises LookupError for one that has none."""
+    return _current.get()

@@ -116,8 +116,8 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: PreTrainedTo
     return app
 
 
-def _routes(*modules: ModuleType) -> dict[str, BaseRoute]:
-    return {route.path: route for module in modules for route in module.router.routes}
+def _routes(*modules: ModuleType) -> list[BaseRoute]:
+    return [route for module in modules for route in module.router.routes]
 
 
 def _admission(settings: Settings, metrics: Metrics) -> Admission:

@@ -262,3 +262,16 @@ async def test_the_wait_is_told_by_how_the_queue_moves(make_app: MakeApp, engine
             response = await client.post("/v1/completions", json=GOOD)
             full(response)
     assert response.headers["retry-after"] == "60"  # 200 would be more than clients should be told
+
+
+@pytest.mark.parametrize(("path", "body"), [*ROUTES, ("/tokenize", {"prompt": "hello"})])
+async def test_another_spelling_of_a_route_is_no_way_around_the_gate(
+    make_app: MakeApp, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
+    """A router's pattern may end before a line's end: what it lets through is held to the same bounds."""
+    async with running(make_app(key_requests_per_minute=2)) as client:
+        sent = [(await client.post(each, json=body)).status_code for each in [f"{path}%0A"] * 3 + [path]]
+        text = (await client.get("/metrics")).text
+    assert sent == [200, 200, 429, 429]
+    assert f'disco_http_requests_total{{route="{path}",status="429"}} 2.0' in text
+    assert 'disco_refused_requests_total{reason="key_requests"} 2.0' in text

@@ -47,7 +47,7 @@ class Scripted(GrammarCompiler):
 
 def asks(compiler: GrammarCompiler) -> Callable[[str | None, str], asyncio.Task[CompiledGrammar]]:
     async def ask(name: str | None, text: str) -> CompiledGrammar:
-        admission.enter(Ticket(share=Share(name, Limits())))
+        admission.enter(Ticket(None, Share(name, Limits()), True))  # type: ignore[arg-type]
         return await compiler.compile(Structure("regex", text, "regex"))
 
     return lambda name, text: asyncio.create_task(ask(name, text))
