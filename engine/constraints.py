@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.grammar import Grammars, Matcher, Words, allows, words_of
+from engine.grammar import Grammars, Matcher
 from engine.types import InvalidRequest, SamplingParams
+from engine.words import Words, allows, words_of
 
 if TYPE_CHECKING:
     from engine.sequence import Sequence

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import xgrammar
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from xgrammar import TokenizerInfo, VocabType
 
 from engine.reading import Unread
 from engine.types import CompiledGrammar, InvalidRequest
-
-Words = NDArray[np.int32]
-"""int32[ceil(V / 32)]: bit t % 32 of word t // 32 is whether token t is allowed."""
+from engine.words import Words, allows
 
 _NO_TEXT = b"\xff"  # begins no UTF-8 text: what no grammar of texts can match
 USUAL_SECONDS = 0.01
@@ -71,13 +68,6 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tokenizer
         stop_token_ids=[eos],  # a matcher is told of all that end the target's texts
         add_prefix_space=found.add_prefix_space,
     )
-
-
-def words_of(tokens: Seq[int], vocab_size: int) -> Words:
-    """The words in which exactly these tokens are allowed."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
-    bits[slice(tokens.start, tokens.stop) if isinstance(tokens, range) else list(tokens)] = 1
-    return np.packbits(bits, bitorder="little").view("<i4")
 
 
 @dataclass(frozen=True)
@@ -153,10 +143,6 @@ class Matcher:
 
     def _watch(self, begin: float) -> None:
         self.beyond += max(0.0, time.thread_time() - begin - USUAL_SECONDS)
-
-
-def allows(words: Words, token: int) -> bool:
-    return bool(words[token >> 5] >> (token & 31) & 1)
 
 
 class Grammars:

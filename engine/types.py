@@ -45,6 +45,15 @@ class CompiledGrammar(msgspec.Struct, frozen=True):
     data: bytes
 
 
+class TokenSet(msgspec.Struct, frozen=True):
+    """Token ids as bits, so that the list of a whole vocabulary is small, for each of many choices too.
+
+    `bits`: bit t % 8, from the lowest, of byte t // 8 says whether token t is in the set.
+    """
+
+    bits: bytes
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the target's logits become the law p, and when a sequence ends.
 
@@ -76,7 +85,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: CompiledGrammar | None = None
-    allowed_token_ids: tuple[int, ...] | None = None
+    allowed_token_ids: TokenSet | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     sampling_method: SamplingMethod = "auto"
 

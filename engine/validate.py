@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+import numpy as np
+
 from engine.speculation.policy import options_of
 from engine.speculation.tree import rules, tree_options
 from engine.types import (
@@ -16,7 +18,9 @@ from engine.types import (
     SamplingMethod,
     SamplingParams,
     SpeculationParams,
+    TokenSet,
 )
+from engine.words import words_of
 
 _MAX_LOGPROBS = 20
 _MAX_BAD_WORDS = 2048  # sequences of tokens: each word as it begins a text, and after a space
@@ -37,6 +41,16 @@ def validate(request: GenerateRequest, info: ModelInfo) -> None:
     _sampling(request.params, info)
     _length(len(request.prompt_ids), request.params.max_tokens, info.max_model_len)
     _speculation(request.speculation, info)
+
+
+def token_set(ids: Sequence[int], param: str, vocab_size: int) -> TokenSet:
+    """These ids as a set. Raises InvalidRequest, naming `param`, if the vocabulary has fewer or lacks one."""
+    if len(ids) > vocab_size:
+        raise InvalidRequest(f"{param} has {len(ids)} entries; the vocabulary has {vocab_size} tokens", param)
+    _token_ids(ids, param, vocab_size)
+    bits = np.zeros(vocab_size, dtype=np.uint8)
+    bits[list(ids)] = 1
+    return TokenSet(np.packbits(bits, bitorder="little").tobytes())
 
 
 def _sampling(params: SamplingParams, info: ModelInfo) -> None:
@@ -78,9 +92,7 @@ def _constraints(params: SamplingParams, info: ModelInfo) -> None:
     if grammar is not None and not isinstance(grammar, CompiledGrammar):
         raise InvalidRequest(f"grammar must be a compiled one, not {type(grammar).__name__}", "grammar")
     if allowed is not None:
-        if not allowed:
-            raise InvalidRequest("allowed_token_ids must not be empty", "allowed_token_ids")
-        _token_ids(allowed, "allowed_token_ids", info.vocab_size)
+        _allowed(allowed, info.vocab_size)
     if len(params.bad_words) > _MAX_BAD_WORDS:
         raise InvalidRequest(
             f"bad_words has {len(params.bad_words)} entries, at most {_MAX_BAD_WORDS} are taken", "bad_words"
@@ -88,16 +100,28 @@ def _constraints(params: SamplingParams, info: ModelInfo) -> None:
     if any(not word for word in params.bad_words):
         raise InvalidRequest("bad_words: a word must have at least one token", "bad_words")
     _token_ids(tuple(token for word in params.bad_words for token in word), "bad_words", info.vocab_size)
-    never = {word[0] for word in params.bad_words if len(word) == 1}
-    if len(never) >= info.vocab_size if allowed is None else never.issuperset(allowed):
+    known = range(info.vocab_size) if allowed is None else allowed
+    never = [word[0] for word in params.bad_words if len(word) == 1]
+    left = words_of(known, info.vocab_size) & ~words_of(never, info.vocab_size)
+    if not left.any():
         param = "bad_words" if allowed is None else "allowed_token_ids"
         raise InvalidRequest(f"{param}: bad_words forbid every token that is allowed", param)
-    ends = {*info.eos_token_ids, *params.stop_token_ids}
-    if allowed is not None and params.min_tokens > 0 and {*allowed} - never <= ends:
+    ends = words_of([*info.eos_token_ids, *params.stop_token_ids], info.vocab_size)
+    if allowed is not None and params.min_tokens > 0 and not (left & ~ends).any():
         raise InvalidRequest(
             "allowed_token_ids allows nothing but ends (EOS, stop_token_ids), which min_tokens forbids",
             "allowed_token_ids",
         )
+
+
+def _allowed(allowed: TokenSet, vocab_size: int) -> None:
+    param = "allowed_token_ids"
+    if not isinstance(allowed, TokenSet):
+        raise InvalidRequest(f"{param} must be a set of tokens, not {type(allowed).__name__}", param)
+    last = int.from_bytes(allowed.bits, "little").bit_length() - 1
+    if last < 0:
+        raise InvalidRequest(f"{param} must not be empty", param)
+    _token_ids((last,), param, vocab_size)
 
 
 def _length(prompt: int, output: int, context: int) -> None:

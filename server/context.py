@@ -11,16 +11,17 @@ from tokenizers import Tokenizer
 
 from engine.client import EngineClient
 from engine.types import CompiledGrammar, EngineUnavailable, GenerateRequest, ModelInfo
+from engine.validate import token_set
 from server import admission
 from server.admission import Admission
 from server.detokenize import TextStream
 from server.errors import ApiError, unavailable
 from server.generation import check_all
-from server.grammar import GrammarCompiler
+from server.grammar import GrammarCompiler, Structure
 from server.limits import check_limits
 from server.logprobs import TokenTable
 from server.metrics import Metrics
-from server.protocol.common import GenerationBody
+from server.protocol.common import GenerationBody, Masks
 from server.protocol.fields import word_tokens
 from server.record import current
 from server.render import Renderer
@@ -84,13 +85,20 @@ class Context:
     async def grammar(self, body: GenerationBody) -> CompiledGrammar | None:
         """What the answer to `body` must match; None: anything. Raises InvalidRequest."""
         structure = body.structure()
-        return None if structure is None else await self.grammars.compile(structure)
+        return None if structure is None else await self.compiled(structure)
 
-    def bad_words(self, body: GenerationBody) -> tuple[tuple[int, ...], ...]:
-        """The token sequences that the answer to `body` must not complete. Raises InvalidRequest."""
-        return word_tokens(
+    async def compiled(self, structure: Structure) -> CompiledGrammar:
+        """The grammar of a part of the request that is being answered. Raises InvalidRequest."""
+        return await self.grammars.compile(structure, admission.current().tenant)
+
+    def masks(self, body: GenerationBody, grammar: CompiledGrammar | None) -> Masks:
+        """What the answer to `body` may hold, besides `grammar`. Raises InvalidRequest."""
+        bad_words = word_tokens(
             body.bad_words, lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
         )
+        ids = body.allowed_token_ids
+        allowed = None if ids is None else token_set(ids, "allowed_token_ids", self.engine.info.vocab_size)
+        return Masks(grammar, allowed, bad_words)
 
     def text_stream(self, body: GenerationBody, continues: Sequence[int]) -> TextStream:
         """Reads the answer to `body` as text that continues the tokens `continues`."""

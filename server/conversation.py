@@ -7,6 +7,7 @@ from server.context import Context
 from server.detokenize import TextStream
 from server.generation import Choice
 from server.protocol.chat import ChatBody
+from server.protocol.common import Masks
 from server.reasoning import BEGIN, END
 from server.render import Prompt, room_left
 from server.structure import holds_calls, structure_of, tool_schemas
@@ -25,10 +26,8 @@ async def choices_of(context: Context, body: ChatBody, *, id: str, arrival: floa
     calls = context.renderer.template.call_format() if body.callable() else None
     grammar = await _grammar(context, body, calls, prompt)
     max_tokens = room_left(prompt, info) if body.limit is None else body.limit
-    words = context.bad_words(body)
-    requests = [
-        _request(body, prompt, f"{id}-{i}", i, max_tokens, arrival, grammar, words) for i in range(body.n)
-    ]
+    masks = context.masks(body, grammar)
+    requests = [_request(body, prompt, f"{id}-{i}", i, max_tokens, arrival, masks) for i in range(body.n)]
     try:
         requests = await context.admit(requests)
     except InvalidRequest as error:
@@ -51,10 +50,10 @@ async def _grammar(
     if structure is None:
         return None
     try:
-        return await context.grammars.compile(structure)
+        return await context.compiled(structure)
     except InvalidRequest:
         for schema in tool_schemas(body):  # says it in the request's own terms
-            await context.grammars.compile(schema)
+            await context.compiled(schema)
         raise
 
 
@@ -65,16 +64,13 @@ def _request(
     index: int,
     max_tokens: int,
     arrival: float,
-    grammar: CompiledGrammar | None,
-    bad_words: tuple[tuple[int, ...], ...],
+    masks: Masks,
 ) -> GenerateRequest:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return GenerateRequest(
         id=id,
         prompt_ids=prompt.ids,
-        params=body.sampling(
-            choice=index, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar, bad_words=bad_words
-        ),
+        params=body.sampling(choice=index, max_tokens=max_tokens, logprobs=logprobs, masks=masks),
         speculation=body.speculation.params(),
         priority=body.priority,
         arrival=arrival,

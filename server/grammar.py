@@ -23,7 +23,6 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from engine.types import CompiledGrammar, EngineUnavailable, InvalidRequest
-from server.admission import current
 from server.grammar_messages import Answer, Ask
 from server.turns import Turns
 
@@ -85,12 +84,14 @@ class GrammarCompiler:
         self._forks: _Forks | None = None
         self._closed = self._unfit = False
 
-    async def compile(self, structure: Structure) -> CompiledGrammar:
-        """Raises InvalidRequest, which says where the grammar is wrong, and EngineUnavailable."""
+    async def compile(self, structure: Structure, tenant: str = "") -> CompiledGrammar:
+        """On behalf of `tenant`; tenants take turns. Raises InvalidRequest, which says where the grammar is
+        wrong, and EngineUnavailable.
+        """
         size = len(structure.text.encode("utf-8", "surrogatepass"))
         if size > self._max_bytes:
             raise _refused(structure, f"{size} bytes are too many: at most {self._max_bytes} are taken")
-        key, tenant = _key(structure), current().tenant
+        key = _key(structure)
         if key not in self._kept:
             # Of the same tenant: who asks for what another one waits for comes in its own turn.
             async with self._turn(self._asked.setdefault((tenant, key), Turns()), tenant):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from engine.types import CompiledGrammar, InvalidRequest, SamplingParams, SpeculationParams
+from engine.types import CompiledGrammar, InvalidRequest, SamplingParams, SpeculationParams, TokenSet
 from server.bounds import MAX_N, MAX_STOP_TOKENS, MAX_TIMEOUT
 from server.grammar import Structure
 from server.protocol.base import Body
@@ -65,6 +66,15 @@ class Speculation(Body):
         return SpeculationParams(
             drafter=self.drafter, policy=self.policy, options=self.options, max_sl=self.max_sl
         )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What an answer may hold, as the engine takes it; the same for all choices."""
+
+    grammar: CompiledGrammar | None
+    allowed: TokenSet | None
+    bad_words: tuple[tuple[int, ...], ...]
 
 
 class GenerationBody(Body):
@@ -213,11 +223,9 @@ class GenerationBody(Body):
         max_tokens: int,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
-        grammar: CompiledGrammar | None = None,
-        bad_words: tuple[tuple[int, ...], ...] = (),
+        masks: Masks,
     ) -> SamplingParams:
-        """Sampling of choice `choice` of a prompt; `Context` makes `grammar` and `bad_words` of the body."""
-        allowed = self.allowed_token_ids
+        """Sampling of choice `choice` of a prompt; `Context` makes the `masks` of the body."""
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -234,9 +242,9 @@ class GenerationBody(Body):
             stop_token_ids=tuple(self.stop_token_ids),
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
-            grammar=grammar,
-            allowed_token_ids=None if allowed is None else tuple(allowed),
-            bad_words=bad_words,
+            grammar=masks.grammar,
+            allowed_token_ids=masks.allowed,
+            bad_words=masks.bad_words,
             sampling_method=self.sampling_method,
         )
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 
-from engine.types import CompiledGrammar, GenerateRequest, TokenLogprob
+from engine.types import GenerateRequest, TokenLogprob
 from server.context import Context, context_of
 from server.detokenize import TextStream
 from server.generation import Choice, Piece, generate, usage_of
@@ -19,6 +19,7 @@ from server.logprobs import completion_logprobs, prompt_logprobs
 from server.openapi import documented
 from server.protocol import body as bodies
 from server.protocol.answers import CompletionAnswer, CompletionChunk
+from server.protocol.common import Masks
 from server.protocol.completions import CompletionBody
 from server.protocol.examples import COMPLETION
 from server.render import Prompt
@@ -61,11 +62,11 @@ class _Answer:
 
     async def choices(self, prompts: list[Prompt]) -> list[Choice]:
         """All candidates of all prompts. Raises InvalidRequest if the engine would refuse any."""
-        grammar, bad_words = await self.context.grammar(self.body), self.context.bad_words(self.body)
+        masks = self.context.masks(self.body, await self.context.grammar(self.body))
         numbers = range(self.body.candidates)
         own = [prompt for prompt in prompts for _ in numbers]
         requests = [
-            self._request(f"{self.id}-{p * len(numbers) + i}", prompt, i, grammar, bad_words)
+            self._request(f"{self.id}-{p * len(numbers) + i}", prompt, i, masks)
             for p, prompt in enumerate(prompts)
             for i in numbers
         ]
@@ -76,14 +77,7 @@ class _Answer:
             for i, (request, prompt) in enumerate(zip(requests, own, strict=True))
         ]
 
-    def _request(
-        self,
-        id: str,
-        prompt: Prompt,
-        choice: int,
-        grammar: CompiledGrammar | None,
-        bad_words: tuple[tuple[int, ...], ...],
-    ) -> GenerateRequest:
+    def _request(self, id: str, prompt: Prompt, choice: int, masks: Masks) -> GenerateRequest:
         body = self.body
         return GenerateRequest(
             id=id,
@@ -94,8 +88,7 @@ class _Answer:
                 # without them there is no telling which candidate is the best
                 logprobs=0 if body.logprobs is None and body.candidates > body.n else body.logprobs,
                 prompt_logprobs=body.scored,
-                grammar=grammar,
-                bad_words=bad_words,
+                masks=masks,
             ),
             speculation=body.speculation.params(),
             priority=body.priority,

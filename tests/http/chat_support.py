@@ -27,7 +27,7 @@ class Grammars:
         self.asked: list[Structure] = []
         self.refuse: str | None = None  # a text that no structure may have
 
-    async def compile(self, structure: Structure) -> CompiledGrammar:
+    async def compile(self, structure: Structure, tenant: str) -> CompiledGrammar:
         self.asked.append(structure)
         if self.refuse is not None and self.refuse in structure.text:
             raise InvalidRequest("no such grammar", structure.param, "invalid_grammar")

@@ -78,7 +78,7 @@ async def test_a_client_that_does_not_read_does_not_keep_the_engine(
 
 
 async def test_time_runs_while_a_grammar_is_compiled(make_app: MakeApp, engine: FakeEngine) -> None:
-    async def compile(structure: object) -> None:
+    async def compile(structure: object, tenant: str) -> None:
         await asyncio.sleep(60)
 
     app = make_app()

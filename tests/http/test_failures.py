@@ -107,7 +107,7 @@ async def test_a_client_that_leaves_while_its_grammar_compiles_stops_that(
 ) -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
-    async def compile(structure: object) -> None:
+    async def compile(structure: object, tenant: str) -> None:
         begun.set()
         try:
             await asyncio.sleep(60)

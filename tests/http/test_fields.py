@@ -15,6 +15,7 @@ from http_support import running
 from test_bad_input import check_error
 
 from engine.types import InvalidRequest
+from engine.validate import token_set
 from server.grammar import Structure
 from server.protocol.body import validate
 from server.protocol.completions import CompletionBody
@@ -144,7 +145,7 @@ async def test_a_grammar_reaches_the_engine(client: httpx.AsyncClient, engine: F
 async def test_constraints_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine, ids: Ids) -> None:
     await ask(client, bad_words=["stop", " the"], allowed_token_ids=[5, 6, 7])
     params = engine.requests[0].params
-    assert params.allowed_token_ids == (5, 6, 7)
+    assert params.allowed_token_ids == token_set((5, 6, 7), "allowed_token_ids", engine.info.vocab_size)
     assert params.bad_words == tuple(tuple(ids(text)) for text in ("stop", " stop", "the", " the"))
 
 
@@ -166,6 +167,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"allowed_token_ids": []}, "allowed_token_ids", "1"),
     ({"allowed_token_ids": [270]}, "allowed_token_ids", "270"),
     ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]", "0"),
+    ({"allowed_token_ids": [5] * 271}, "allowed_token_ids", "270"),
     ({"prompt_logprobs": 21}, "prompt_logprobs", "20"),
     ({"prompt_logprobs": -1}, "prompt_logprobs", "0"),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),

@@ -50,3 +50,15 @@ async def test_a_large_body_is_read_as_a_small_one_is(
         bad = await client.post("/v1/completions", content=padded.replace(b"{", b'{"nonsense": 1, ', 1))
     assert large["choices"] == small["choices"]
     assert check_error(bad, 400)["code"] == "unknown_field"
+
+
+async def test_a_list_of_tokens_is_read_once_for_all_choices(
+    make_app: Callable[..., FastAPI], engine: FakeEngine
+) -> None:
+    """Copied and checked for each of many choices, one of the whole vocabulary would hold up all others."""
+    body = GOOD | {"allowed_token_ids": [*range(270)], "n": 3}
+    async with running(make_app()) as client:
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+    first, *others = [request.params.allowed_token_ids for request in engine.requests]
+    assert first is not None and len(first.bits) == 34
+    assert len(others) == 2 and all(each is first for each in others)

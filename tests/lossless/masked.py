@@ -18,6 +18,7 @@ from engine.grammar import Grammars
 from engine.speculation.drafters.model import ModelDrafter
 from engine.speculation.noise import RandomSource
 from engine.types import CompiledGrammar, SamplingParams
+from engine.validate import token_set
 
 LETTERS = "abcdefgh"
 _LONGEST = 5  # of what may follow a text, to see whether it is the begin of a match
@@ -48,7 +49,8 @@ class Rules:
 
     def params(self, **others: object) -> SamplingParams:
         grammar = None if self.regex is None else compiled(self.regex, self.vocab, self.eos)
-        return SamplingParams(grammar=grammar, allowed_token_ids=self.allowed, bad_words=self.bad, **others)  # type: ignore[arg-type]
+        allowed = None if self.allowed is None else token_set(self.allowed, "allowed_token_ids", self.vocab)
+        return SamplingParams(grammar=grammar, allowed_token_ids=allowed, bad_words=self.bad, **others)  # type: ignore[arg-type]
 
     def complete(self, output: Seq[int]) -> bool:
         return self.regex is not None and re.fullmatch(self.regex, _text(output)) is not None

@@ -8,22 +8,30 @@ from lossless.masked import Rules, compiled, masked_engine, vocabulary
 from lossless.toys import different, run, tokens_of, twins
 
 from engine.constraints import Constraint, constraint_of, tokens_allowed
-from engine.grammar import Grammars, allows
+from engine.grammar import Grammars
 from engine.sampling import Place, plain, scaled_logits, unadjusted
 from engine.sequence import Sequence
 from engine.speculation.drafters.base import Drafted, RowDraft
 from engine.speculation.drafters.model import ModelDrafter
-from engine.types import GenerateRequest, InvalidRequest, SamplingParams, SpeculationParams
+from engine.types import GenerateRequest, InvalidRequest, SamplingParams, SpeculationParams, TokenSet
+from engine.validate import token_set
+from engine.words import allows
 
 VOCAB, EOS = 70, 69
 INF = float("inf")
 
 
-def sequence(output: tuple[int, ...] = (), regex: str | None = None, **params: object) -> Sequence:
+def sequence(
+    output: tuple[int, ...] = (),
+    regex: str | None = None,
+    allowed: tuple[int, ...] | None = None,
+    **params: object,
+) -> Sequence:
     """With five letters and EOS behind them where there is a regex, else over the whole vocabulary."""
     vocab, eos = (6, 5) if regex is not None else (VOCAB, EOS)
     grammar = None if regex is None else compiled(regex, vocab, eos)
-    asked = SamplingParams(grammar=grammar, **params)  # type: ignore[arg-type]
+    listed = None if allowed is None else token_set(allowed, "allowed_token_ids", vocab)
+    asked = SamplingParams(grammar=grammar, allowed_token_ids=listed, **params)  # type: ignore[arg-type]
     grammars = Grammars(vocabulary(6, 5), (5,))
     seq = Sequence(
         request=GenerateRequest(id="r", prompt_ids=(1, 2), params=asked),
@@ -55,13 +63,13 @@ def open_(seq: Sequence, *drafted: int) -> set[int]:
 
 def test_a_request_without_masks_has_no_constraint():
     assert sequence().constraint is None and plain(sequence())
-    assert not plain(sequence(allowed_token_ids=(1,))) and unadjusted(sequence(allowed_token_ids=(1,)))
+    assert not plain(sequence(allowed=(1,))) and unadjusted(sequence(allowed=(1,)))
 
 
 def test_allowed_tokens():
-    assert open_(sequence(allowed_token_ids=(0, 31, 32, 63, 64, EOS))) == {0, 31, 32, 63, 64, EOS}
-    assert open_(sequence(allowed_token_ids=(3, EOS), min_tokens=1)) == {3}
-    assert open_(sequence(allowed_token_ids=(3, EOS), min_tokens=1), 3) == {3, EOS}
+    assert open_(sequence(allowed=(0, 31, 32, 63, 64, EOS))) == {0, 31, 32, 63, 64, EOS}
+    assert open_(sequence(allowed=(3, EOS), min_tokens=1)) == {3}
+    assert open_(sequence(allowed=(3, EOS), min_tokens=1), 3) == {3, EOS}
 
 
 @pytest.mark.parametrize("last", [0, 31, 32, 63, 69])
@@ -92,9 +100,9 @@ def test_the_end_of_a_grammar():
     assert open_(sequence((0,), "ab*", min_tokens=2)) == {1}
     assert open_(sequence((0,), "ab*", min_tokens=2), 1) == {1, 5}
     assert constraint(seq).at(seq, (5,)).state == "closed"
-    seq = sequence((0,), "ab*", allowed_token_ids=(0, 2))  # complete, and nothing that may go on
+    seq = sequence((0,), "ab*", allowed=(0, 2))  # complete, and nothing that may go on
     assert constraint(seq).at(seq, ()).state == "over"
-    seq = sequence((0,), "abc*", allowed_token_ids=(0, 2))
+    seq = sequence((0,), "abc*", allowed=(0, 2))
     assert constraint(seq).at(seq, ()).state == "stuck"
 
 
@@ -126,15 +134,13 @@ def test_places_beyond_reach_have_no_mask_when_verifying_and_no_law_when_draftin
 
 def test_rows_without_masks_keep_their_logits_beside_others():
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
-    mixed = scaled_logits(
-        logits, [Place(sequence(), []), Place(sequence(allowed_token_ids=(3,)), [])], (EOS,)
-    )
+    mixed = scaled_logits(logits, [Place(sequence(), []), Place(sequence(allowed=(3,)), [])], (EOS,))
     assert torch.equal(mixed[0], logits[0])
     assert mixed[1].isfinite().nonzero().flatten().tolist() == [3]
 
 
 def test_bits_become_a_mask():
-    words = [constraint(sequence(allowed_token_ids=ids)).at(sequence(), ()).words for ids in ((0, 69), (33,))]
+    words = [constraint(sequence(allowed=ids)).at(sequence(), ()).words for ids in ((0, 69), (33,))]
     mask = tokens_allowed(words, VOCAB, torch.device("cpu"))
     assert mask.shape == (2, VOCAB) and mask.nonzero().tolist() == [[0, 0], [0, 69], [1, 33]]
 
@@ -207,10 +213,10 @@ def test_the_ngram_drafter_proposes_nothing_that_is_forbidden():
 def test_what_is_no_mask_is_refused():
     engine = masked_engine(different(4), 3)
     for params, param in (
-        ({"allowed_token_ids": ()}, "allowed_token_ids"),
-        ({"allowed_token_ids": (4,)}, "allowed_token_ids"),
-        ({"allowed_token_ids": (True,)}, "allowed_token_ids"),
-        ({"allowed_token_ids": (3,), "min_tokens": 1}, "allowed_token_ids"),
+        ({"allowed_token_ids": TokenSet(b"\0")}, "allowed_token_ids"),
+        ({"allowed_token_ids": TokenSet(b"\x11")}, "allowed_token_ids"),
+        ({"allowed_token_ids": (1,)}, "allowed_token_ids"),
+        ({"allowed_token_ids": TokenSet(b"\x08"), "min_tokens": 1}, "allowed_token_ids"),
         ({"bad_words": ((),)}, "bad_words"),
         ({"bad_words": ((0, 9),)}, "bad_words"),
         ({"bad_words": ((0,),) * 3000}, "bad_words"),

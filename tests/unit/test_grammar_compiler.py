@@ -16,8 +16,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.grammar import MARKERS, Grammars, allows, vocabulary
+from engine.grammar import MARKERS, Grammars, vocabulary
 from engine.types import CompiledGrammar, EngineUnavailable, InvalidRequest
+from engine.words import allows
 from server.grammar import GrammarCompiler, Structure, _key, _Lane
 from server.log_lines import JsonLines
 from server.reasoning import BEGIN, END

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import xgrammar
 
-from engine.grammar import Allowed, Grammars, Matcher, allows, words_of
+from engine.grammar import Allowed, Grammars, Matcher
 from engine.reading import Unread
 from engine.types import CompiledGrammar, InvalidRequest
+from engine.words import allows, words_of
 
 TEXTS = [b"a", b"b", b"ab", b"c", b"\xffeos", b"\xffother", b""]
 VOCAB = 40  # the model's, padded beyond the tokenizer's
