@@ -10,6 +10,7 @@ import h11
 
 LONGEST_TARGET = 8192  # bytes of a request's path and query
 LARGEST_HEADERS = 16384  # bytes of all header lines
+_EMPTY_LINE = b"\r\n"
 
 
 class Connection(h11.Connection):
@@ -25,6 +26,13 @@ class Connection(h11.Connection):
         self.tells_events = False  # whether the answer being sent is a stream of server-sent events
 
     def next_event(self) -> Any:
+        if self.their_state is h11.IDLE:
+            rest, ended = self.trailing_data
+            if rest == _EMPTY_LINE[:1] and not ended:
+                return h11.NEED_DATA
+            # Some clients send it behind a body; RFC 9112, 2.2 asks to ignore it. No public name: the buffer.
+            if rest.startswith(_EMPTY_LINE):
+                self._receive_buffer.maybe_extract_at_most(len(_EMPTY_LINE))
         event = super().next_event()
         if isinstance(event, h11.Request):
             self.method = event.method

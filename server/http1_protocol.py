@@ -9,7 +9,7 @@ import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from uuid import uuid4
 
 import h11
@@ -18,12 +18,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import REFUSED, REQUEST_ID, RETRY_AFTER_SECONDS, ApiError, unavailable
 from server.http1_checks import Connection
+from server.http1_transport import Unhurried, bound
 
 log = logging.getLogger(__name__)
 
-_LINGER_SECONDS = 1.0
+_LINGER_SECONDS = 1.0  # without a word
 _GRACE_SECONDS = 0.1
-_SEND_BYTES = 2**17  # that the kernel keeps for a client to read; Linux takes twice that
 _SLOWEST = 1000  # bytes a second that a body must come at, once its first seconds are over
 _PROBE_SECONDS = (0.05, 0.5)  # between looks at a client that has ended its side: at first, and at most
 _CODES = {
@@ -77,7 +77,8 @@ class Protocol(H11Protocol):
         self.conn: Connection = Connection(limits.body_bytes)
         self._count, self._limits = count, limits
         self.logger = _uvicorn_log
-        self._refused = False
+        self._refused = False  # nothing more is heard
+        self._heard = self._until = 0.0  # then: when it last sent something, until when it may
         self._ended = False  # the client has ended its side, and is still to be answered
         self._waits_for: Literal["headers", "body"] | None = None
         self._since, self._bytes = 0.0, 0  # of what it waits for: when it began, what has come of it
@@ -87,8 +88,8 @@ class Protocol(H11Protocol):
         self._closing_clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        _bound(transport, self._limits.write_seconds)
+        super().connection_made(cast(asyncio.Transport, Unhurried(transport, self._sees_to_end)))
+        bound(transport, self._limits.write_seconds)
         if self._limits.far_over(len(self.connections)):
             transport.abort()
         elif len(self.connections) > self._limits.connections:
@@ -105,10 +106,12 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            self._bytes += len(data)
-            super().data_received(data)
-            self._watch()
+        if self._refused:
+            self._heard = self.loop.time()
+            return
+        self._bytes += len(data)
+        super().data_received(data)
+        self._watch()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """A client may end its side and still listen. What it asked for whole is answered, if it is there."""
@@ -218,6 +221,9 @@ class Protocol(H11Protocol):
     def shutdown(self) -> None:
         """At the server's end: a request that has not come whole is not waited for."""
         cycle = self.cycle
+        if self._refused:
+            self._until = min(self._until, self.loop.time() + _LINGER_SECONDS)
+            return
         if cycle is None or cycle.response_complete or not cycle.more_body or cycle.response_started:
             super().shutdown()
             self._bound_closing()
@@ -256,19 +262,32 @@ class Protocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
 
     def _leave(self) -> None:
-        """Ends our side, and the other a little later: closed upon unread input, a socket would take the
-        answer back."""
+        """Ends our side, and the other once the client sends no more, or has sent for long enough."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # for the app the client has left
             self.cycle.message_event.set()
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self.loop.call_later(_LINGER_SECONDS, self._end)
+        self._heard = self.loop.time()
+        self._until = self._heard + self._limits.read_seconds
+        self._end()
 
     def _end(self) -> None:
+        at = min(self._heard + _LINGER_SECONDS, self._until)
+        if at > self.loop.time():
+            self.loop.call_at(at, self._end)
+            return
         self.transport.close()
         self._bound_closing()
+
+    def _sees_to_end(self) -> bool:
+        """Of a request that was answered before it came whole, the rest is read."""
+        if self._refused or self.conn.their_state is not h11.SEND_BODY:
+            return False
+        self._refused = True
+        self._leave()
+        return True
 
 
 def _api_error(error: BaseException | None) -> ApiError:
@@ -279,17 +298,3 @@ def _api_error(error: BaseException | None) -> ApiError:
         status = 400
     message = f"the request is not valid HTTP/1.1: {str(error)[:200]}"
     return ApiError(status, message, code=_CODES.get(status, "invalid_http"))
-
-
-def _bound(transport: asyncio.Transport, write_seconds: float) -> None:
-    """A client that vanished without a word is noticed: while it is silent, and while it should read.
-    And the kernel keeps only so much for one that reads slowly."""
-    peer: socket.socket | None = transport.get_extra_info("socket")
-    if peer is None or peer.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    linux = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
-    for name, value in (linux | {"TCP_USER_TIMEOUT": int(write_seconds * 1000)}).items():
-        if hasattr(socket, name):
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -22,6 +22,7 @@ from fake_engine import FakeEngine
 from fastapi import FastAPI
 from test_admission import ROUTES, MakeApp
 from test_bad_input import GOOD, check_error
+from test_large_bodies import sends_first
 
 from server import drain
 
@@ -104,12 +105,14 @@ async def test_streams_finish_while_new_requests_are_refused(
             response = await client.post(path, json=body)
             check_error(response, 503, "service_unavailable_error")
             assert int(response.headers["retry-after"]) > 0 and response.headers["connection"] == "close"
+        status, error, _ = await asyncio.to_thread(sends_first, each.port, 8_000_000)
+        assert status == 503 and "shutting down" in error["error"]["message"]
         for path, status in (
             ("/ready", 503), ("/health", 200), ("/metrics", 200), ("/version", 200), ("/v1/models", 503),
         ):  # fmt: skip
             assert (await client.get(path)).status_code == status, path
         text = (await client.get("/metrics")).text
-        assert 'disco_refused_requests_total{reason="draining"} 5.0' in text
+        assert 'disco_refused_requests_total{reason="draining"} 6.0' in text
         assert not each.task.done()
         engine.go_on.set()
         assert (await stream.aread()).decode().endswith("data: [DONE]\n\n")

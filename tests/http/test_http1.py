@@ -111,6 +111,19 @@ async def test_what_came_before_is_answered(port: int) -> None:
     assert b'"invalid_http"' in answer
 
 
+async def test_an_empty_line_before_a_request_is_ignored(port: int) -> None:
+    body = json.dumps(GOOD).encode()
+    whole = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    last = b"\r\nGET /health HTTP/1.1\r\nhost: tiny\r\nconnection: close\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in (b"\r\n" + whole, b"\r", b"\n" + whole + last):
+        writer.write(part)
+        await asyncio.sleep(0.05)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    assert answer.count(b"HTTP/1.1 200 OK") == answer.count(b"HTTP/1.1") == 3
+
+
 async def test_an_upgrade_is_served_as_it_is(port: int, log: pytest.LogCaptureFixture) -> None:
     headers = {"connection": "upgrade", "upgrade": "websocket"}
     async with httpx.AsyncClient() as client:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
-from http_support import running
+from http_support import listening, running
 from pydantic import ValidationError
 from test_bad_input import GOOD, check_error
 
@@ -62,3 +65,36 @@ async def test_a_list_of_tokens_is_read_once_for_all_choices(
     first, *others = [request.params.allowed_token_ids for request in engine.requests]
     assert first is not None and len(first.bits) == 34
     assert len(others) == 2 and all(each is first for each in others)
+
+
+def sends_first(port: int, size: int) -> tuple[int, dict[str, Any], str | None]:
+    """A client that reads nothing before its whole body is sent, as most of the simple ones."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    client.request("POST", "/v1/completions", b" " * size, {"content-type": "application/json"})
+    answer = client.getresponse()
+    told = answer.status, json.loads(answer.read()), answer.headers["connection"]
+    client.close()
+    return told
+
+
+async def test_a_client_that_sends_all_before_it_reads_is_told(make_app: Callable[..., FastAPI]) -> None:
+    """Closed upon what it still sends, its socket would take the answer back."""
+    async with listening(make_app(max_body_bytes=1000)) as port:
+        for _ in range(3):
+            status, error, connection = await asyncio.to_thread(sends_first, port, 30_000_000)
+            assert (status, connection) == (413, "close")
+            assert error["error"]["code"] == "request_too_large"
+
+
+async def test_a_client_that_never_ends_sending_is_left(make_app: Callable[..., FastAPI]) -> None:
+    async with listening(make_app(max_body_bytes=1000, read_seconds=2.0)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 999999999\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 413 ")
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(30):
+                while True:
+                    writer.write(b" " * 1000)
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+        writer.close()
