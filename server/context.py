@@ -16,7 +16,6 @@ from server import admission
 from server.admission import Admission
 from server.detokenize import TextStream
 from server.errors import ApiError, unavailable
-from server.generation import check_all
 from server.grammar import GrammarCompiler, Structure
 from server.limits import check_limits
 from server.logprobs import TokenTable
@@ -26,6 +25,7 @@ from server.protocol.fields import word_tokens
 from server.record import current
 from server.render import Renderer
 from server.settings import Settings
+from server.turns import others_turn
 
 
 @dataclass
@@ -62,7 +62,9 @@ class Context:
     async def admit(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         """All sequences of one request, in the queue. Raises InvalidRequest if the engine would refuse any,
         ApiError 429 if they find no place."""
-        await check_all(self.engine, requests)
+        for done, request in enumerate(requests, 1):
+            await self.engine.check(request)
+            await others_turn(done)
         return admission.current().enter(requests)
 
     def ready(self) -> ModelInfo:

@@ -29,6 +29,7 @@ from server.record import current
 from server.render import Prompt
 from server.statistics import Speculated, total, usage
 from server.turn import Delta, TurnReader
+from server.turns import others_turn
 
 Ending = Literal["stop", "length", "tool_calls"]
 
@@ -203,13 +204,6 @@ def usage_of(choices: Sequence[Choice], answered: Sequence[Choice] | None = None
     return told
 
 
-async def check_all(engine: EngineClient, requests: Sequence[GenerateRequest]) -> None:
-    """Raises InvalidRequest if the engine would refuse any of them. Runs nothing."""
-    for request in requests:
-        await engine.check(request)
-        await asyncio.sleep(0)  # thousands of long prompts: the streams of others go on in between
-
-
 async def generate(
     engine: EngineClient, choices: Sequence[Choice], metrics: Metrics
 ) -> AsyncGenerator[Piece, None]:
@@ -219,8 +213,7 @@ async def generate(
     ApiError when the request's time is over, or the server's.
     """
     pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-    tasks = [asyncio.create_task(_run(engine, choice, metrics, pieces)) for choice in choices]
-    running = len(tasks)
+    tasks: list[asyncio.Task[None]] = []
     record = current()
     record.begin(choices)
     lost: Reason | None = "aborted"
@@ -234,6 +227,10 @@ async def generate(
     stops = ExitStack()
     stops.enter_context(admission.current().stopping(stop))
     try:
+        for choice in choices:
+            tasks.append(asyncio.create_task(_run(engine, choice, metrics, pieces)))
+            await others_turn(len(tasks))
+        running, taken = len(tasks), 0
         while running:
             piece = await pieces.get()
             if isinstance(piece, Exception):
@@ -243,6 +240,8 @@ async def generate(
                 record.first_token()
             running -= piece.finish_reason is not None
             yield piece
+            taken += 1
+            await others_turn(taken)
         lost = None
     finally:
         stops.close()

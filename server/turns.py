@@ -1,9 +1,11 @@
-"""A lock that goes round its users."""
+"""Whose turn it is: a lock that goes round its users, and long loops that let others in between."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+
+_ROUNDS = 16
 
 
 class Turns:
@@ -40,3 +42,9 @@ class Turns:
             if not turn.cancelled():  # else it has left
                 turn.set_result(None)
                 self._holder = user
+
+
+async def others_turn(done: int) -> None:
+    """Within a loop of which `done` rounds are done: every few rounds, whoever else is ready has a turn."""
+    if done % _ROUNDS == 0:
+        await asyncio.sleep(0)

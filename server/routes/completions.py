@@ -26,6 +26,7 @@ from server.render import Prompt
 from server.statistics import total
 from server.stream import plain, sse, timely
 from server.turn import Delta
+from server.turns import others_turn
 
 router = APIRouter(tags=["generation"])
 
@@ -64,18 +65,18 @@ class _Answer:
         """All candidates of all prompts. Raises InvalidRequest if the engine would refuse any."""
         masks = self.context.masks(self.body, await self.context.grammar(self.body))
         numbers = range(self.body.candidates)
-        own = [prompt for prompt in prompts for _ in numbers]
-        requests = [
-            self._request(f"{self.id}-{p * len(numbers) + i}", prompt, i, masks)
-            for p, prompt in enumerate(prompts)
-            for i in numbers
-        ]
-        requests = await self.context.admit(requests)
-        include_stop = self.body.include_stop_str_in_output
-        return [
-            Choice(i, request, prompt, self.context.text_stream(self.body, prompt.ids), include_stop)
-            for i, (request, prompt) in enumerate(zip(requests, own, strict=True))
-        ]
+        own = [(prompt, i) for prompt in prompts for i in numbers]
+        requests: list[GenerateRequest] = []
+        for prompt, i in own:
+            requests.append(self._request(f"{self.id}-{len(requests)}", prompt, i, masks))
+            await others_turn(len(requests))
+        choices: list[Choice] = []
+        for request, (prompt, _) in zip(await self.context.admit(requests), own, strict=True):
+            text = self.context.text_stream(self.body, prompt.ids)
+            include_stop = self.body.include_stop_str_in_output
+            choices.append(Choice(len(choices), request, prompt, text, include_stop))
+            await others_turn(len(choices))
+        return choices
 
     def _request(self, id: str, prompt: Prompt, choice: int, masks: Masks) -> GenerateRequest:
         body = self.body
