@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine import pricing
 from engine.config import EngineConfig
@@ -20,15 +19,15 @@ from engine.measure import measured
 from engine.memory_faults import is_out_of_memory
 from engine.models.runner import Batch
 from engine.parts import Parts, build, target_lane
-from engine.passes import chunk_of, moves_of, tail
+from engine.passes import chunk_of
 from engine.rescue import Rescue
 from engine.scheduler import PlanRow, Scheduler
 from engine.sequence import Sequence
 from engine.speculation.costs import EngineCosts
-from engine.speculation.drafters.base import Verdict
 from engine.speculation.memory import Memory
 from engine.types import GenerateRequest, InvalidRequest, StepStats, TokenEvent
 from engine.validate import validate
+from engine.verifying import Verifying
 
 _SHORT = 16  # tokens: passes over rows of no more, prompts too, are readied at start
 
@@ -45,6 +44,7 @@ class Engine:
         device = self._parts.target.device
         self._governing = Governing(config, self._parts)
         self._drafting = Drafting(config, self._parts, self._governing)
+        self._verifying = Verifying(self._parts, self._drafting, self._governing)
         self._tables = self._governing.tables
         self._scheduler = Scheduler(
             self._blocks, config.max_num_seqs, self._parts.token_budget, on_preempt=self._governing.put_aside
@@ -179,7 +179,7 @@ class Engine:
     def _again(self, rows: list[PlanRow], flight: Flight) -> None:
         flight.taught = True  # there is nothing to teach
         self._run_target(rows, flight)
-        self._verify(rows, flight)
+        self._verifying.verify(rows, flight)
         self._commit_all(rows)
 
     def _land(self, flight: Flight) -> list[PlanRow]:
@@ -191,7 +191,7 @@ class Engine:
         if rows:
             if flight.logits is None:
                 self._run_target(rows, flight)
-            self._verify(rows, flight)
+            self._verifying.verify(rows, flight)
             flight.verified, flight.at = time.perf_counter(), time.monotonic()
             flight.asked.verifying = self._governing.seconds_asked()
             self._commit_all(rows)
@@ -217,41 +217,6 @@ class Engine:
             self._drafting.read(prompts)
         for row, part in zip(rows, flight.logits.split_with_sizes(counts), strict=True):
             row.logits = part
-
-    def _verify(self, rows: list[PlanRow], flight: Flight) -> None:
-        """Verdicts for the rows that sample; the others are only checked for NaN."""
-        assert flight.logits is not None
-        sampling = [row for row in rows if row.samples]
-        if len(sampling) < len(rows):
-            for row in rows:
-                row.failed = not row.samples and bool(tail(row, 1).isnan().any())
-        if not sampling:
-            return
-        if flight.verdict is not None:  # also of rows that were aborted meanwhile
-            verdict, judged = flight.verdict(), flight.passed
-        else:
-            verdict, judged = self._verdict(sampling, flight.logits), sampling
-        for i, row in enumerate(judged):
-            row.path, row.next_token = verdict.path[i], verdict.next_token[i]
-            row.failed = verdict.failed[i]
-        self._settle([row for row in sampling if row.draft.tokens and not row.failed])
-        if not flight.taught:
-            self._governing.teach(sampling)
-
-    def _settle(self, rows: list[PlanRow]) -> None:
-        """Moves the KV of trees' accepted ways to where the next tokens' belongs: slot is position again."""
-        for row in rows:
-            row.settled = True
-        if moves := moves_of(rows, self._blocks.block_size):
-            self._parts.target.move(moves)
-        self._drafting.settle(rows)
-
-    def _verdict(self, sampling: list[PlanRow], logits: Tensor) -> Verdict:
-        tails = [tail(row, len(row.draft.tokens) + 1) for row in sampling]
-        if sum(map(len, tails)) < len(logits):
-            logits = torch.cat(tails)
-        seqs, drafts = [row.seq for row in sampling], [row.draft for row in sampling]
-        return self._parts.verifier.verify(seqs, drafts, logits)
 
     def _commit_all(self, rows: list[PlanRow]) -> None:
         for row in rows:

@@ -43,7 +43,10 @@ class Verifier:
         return self._on_device
 
     def verify(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
-        """`logits` [sum(len(draft) + 1), V]: the target's at every position of every row, in order."""
+        """`logits` [sum(len(draft) + 1), V]: the target's at every position of every row, in order.
+
+        Rows fail if any of theirs are NaN or infinite.
+        """
         if not logits.is_cuda:
             return self._on_host(rows, drafts, logits)
         starts = [0, *accumulate(len(draft.tokens) + 1 for draft in drafts)]
@@ -62,7 +65,14 @@ class Verifier:
             verdict.fill(hard, self._on_host([rows[i] for i in hard], [drafts[i] for i in hard], their))
         return verdict
 
-    def _on_host(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
+    def verify_reached(self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor) -> Verdict:
+        """The same, but rows fail only if there is no law at their end. A draft token that stands, and behind
+        which there is none, is the next token: what comes then is the next pass's."""
+        return self._on_host(rows, drafts, logits, reached=True)
+
+    def _on_host(
+        self, rows: Seq[Sequence], drafts: Seq[RowDraft], logits: Tensor, reached: bool = False
+    ) -> Verdict:
         places = [
             Place(row, before) for row, draft in zip(rows, drafts, strict=True) for before in draft.before()
         ]
@@ -76,14 +86,14 @@ class Verifier:
         for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             starts.append(start)
             end = start + len(draft.tokens) + 1
-            verdict.failed[i] = any(bad[start:end])
+            verdict.failed[i] = bad[start] if reached else any(bad[start:end])
             if not verdict.failed[i]:
                 (coupled if row.coupled else rejection).append(i)
             start = end
         if coupled:
-            self._coupled(coupled, starts, rows, drafts, scaled, verdict)
+            self._coupled(coupled, starts, rows, drafts, scaled, bad, verdict)
         if rejection:
-            self._rejection(rejection, starts, rows, drafts, scaled, verdict)
+            self._rejection(rejection, starts, rows, drafts, scaled, bad, verdict)
         return verdict
 
     def _coupled(
@@ -93,6 +103,7 @@ class Verifier:
         rows: Seq[Sequence],
         drafts: Seq[RowDraft],
         scaled: Tensor,
+        bad: Seq[bool],
         verdict: Verdict,
     ) -> None:
         at = [starts[i] + k for i in chosen for k in range(len(drafts[i].tokens) + 1)]
@@ -106,7 +117,8 @@ class Verifier:
             values[noisy] += self._noise(seeds, positions)
         choices = iter(values.argmax(-1).tolist())
         for i in chosen:
-            mine = [next(choices) for _ in range(len(drafts[i].tokens) + 1)]
+            broken = bad[starts[i] : starts[i] + len(drafts[i].tokens) + 1]
+            mine = [-1 if none else choice for none, choice in zip(broken, choices, strict=False)]
             verdict.path[i], verdict.next_token[i] = agreed(drafts[i], mine)
 
     def _rejection(
@@ -116,11 +128,15 @@ class Verifier:
         rows: Seq[Sequence],
         drafts: Seq[RowDraft],
         scaled: Tensor,
+        bad: Seq[bool],
         verdict: Verdict,
     ) -> None:
         """All rows walk at once: every one tries the next child of where it stands, or is at its end."""
         laws = scaled.softmax(-1)
-        walks = {i: Walk(drafts[i], laws[starts[i] : starts[i] + len(drafts[i].tokens) + 1]) for i in chosen}
+        walks = {}
+        for i in chosen:
+            mine = slice(starts[i], starts[i] + len(drafts[i].tokens) + 1)
+            walks[i] = Walk(drafts[i], laws[mine], bad[mine])
         trying = list(chosen)
         while trying := [i for i in trying if walks[i].tries()]:
             chances = torch.stack([walks[i].chance() for i in trying]).clamp(max=1)
@@ -140,9 +156,10 @@ class Walk:
     `law` float[V]: what the next token is drawn from if no child is left to try.
     """
 
-    def __init__(self, draft: RowDraft, laws: Tensor) -> None:
-        """`laws` [len(draft) + 1, V]: the target's at the row's end, then at every node."""
-        self._draft, self._laws = draft, laws
+    def __init__(self, draft: RowDraft, laws: Tensor, bad: Seq[bool]) -> None:
+        """`laws` [len(draft) + 1, V]: the target's at the row's end, then at every node; `bad` ones are none.
+        The first is one."""
+        self._draft, self._laws, self._bad = draft, laws, bad
         self._children = draft.children()
         self.path: list[int] = []
         self.law, self._left = laws[0], iter(self._children[0])
@@ -168,8 +185,12 @@ class Walk:
         return p if self._q is None else p / self._q[token]
 
     def step(self, stood: bool) -> None:
-        """Goes to the child, or takes it out of the law."""
-        if stood:
+        """Goes to the child, or takes it out of the law. Where there is no law behind it, the child itself is
+        the next token for certain."""
+        if stood and self._bad[self._child + 1]:
+            self.law, self._left = torch.zeros_like(self.law), iter(())
+            self.law[self._draft.tokens[self._child]] = 1
+        elif stood:
             self.path.append(self._child)
             self.law, self._left = self._laws[self._child + 1], iter(self._children[self._child + 1])
             self._child = -1

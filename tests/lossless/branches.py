@@ -97,8 +97,10 @@ def output_law(
     requests: Seq[GenerateRequest],
     width: int = 1,
     watch: Watch = lambda events: None,
+    errors: bool = False,
 ) -> dict[Outputs, float]:
-    """The law of the requests' outputs, `width` worlds at a time in one engine made by `build`."""
+    """The law of the requests' outputs, `width` worlds at a time in one engine made by `build`. With `errors`
+    they may end in one, and have given what they gave."""
     law: Counter[Outputs] = Counter()
     scripts: list[Script] = [()]
     while scripts:
@@ -111,6 +113,7 @@ def output_law(
                 for own in ids
                 for name, request in zip(own, requests, strict=True)
             ],
+            errors,
         )
         for own, world in zip(ids, worlds, strict=True):
             assert len(world.path) >= len(world.script), "a replay ended before its script"

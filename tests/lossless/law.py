@@ -72,12 +72,16 @@ def ends(token: int, params: SamplingParams, eos: Seq[int]) -> bool:
 def sequence_law(
     target: Logits, prompt: tuple[int, ...], params: SamplingParams, eos: Seq[int] = ()
 ) -> dict[tuple[int, ...], float]:
-    """The probability of every output that the target alone may give."""
+    """The probability of every output that the target alone may give; NaN ends it, too."""
     done: dict[tuple[int, ...], float] = {}
     growing: dict[tuple[int, ...], float] = {(): 1.0}
     while growing:
         output, mass = growing.popitem()
-        for token, p in enumerate(token_law(target(prompt + output), prompt, output, params, eos)):
+        logits = target(prompt + output)
+        if any(map(math.isnan, logits)):
+            done[output] = mass
+            continue
+        for token, p in enumerate(token_law(logits, prompt, output, params, eos)):
             if p == 0:
                 continue
             longer = (*output, token)

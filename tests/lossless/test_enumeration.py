@@ -6,9 +6,12 @@ import pytest
 from lossless.branches import Case, assert_same_law, check, output_law
 from lossless.law import sequence_law
 from lossless.peek import PEEK_PAIR, registered
-from lossless.toys import different, disjoint, run, toy_engine, twins
+from lossless.toys import different, disjoint, run, spoilt, toy_engine, twins
+from lossless.tree_kinds import asks as grows
+from torch import Tensor
 
 from engine.core import Engine
+from engine.models.runner import Batch
 from engine.speculation.noise import RandomSource
 from engine.speculation.policy import policies
 from engine.types import GenerateRequest, SamplingParams, SpeculationParams, TokenEvent
@@ -127,6 +130,45 @@ def test_a_draft_of_the_target_is_always_accepted(sl: int):
 @pytest.mark.parametrize("policy", [{"sl": 1}, {"sl": 2}, {"policy": "confidence"}])
 def test_supports_that_do_not_meet(policy: dict[str, object]):
     check(Case(disjoint(4), SamplingParams(max_tokens=4), asks(**policy)))
+
+
+SPOILT = {
+    "chains": asks(sl=3),
+    "ngram": asks("ngram", sl=2),
+    "layers": grows("layers", 4),
+    "opt_tree": grows("opt_tree", 4),
+}
+
+
+@pytest.mark.parametrize("spreads", [False, True], ids=["only there", "over the row"])
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+@pytest.mark.parametrize("kind", SPOILT)
+def test_nan_counts_where_the_text_gets_to_it(kind: str, heat: float, spreads: bool):
+    """Outputs end there, each as often as without drafts; attention may carry NaN to positions before."""
+    params = SamplingParams(max_tokens=4, temperature=heat, sampling_method="rejection")
+    case = Case(spoilt(3), params, SPOILT[kind])
+
+    def build(random: RandomSource) -> Engine:
+        engine = case.engine(random)
+        if spreads:
+            right = engine._parts.target.forward
+            engine._parts.target.forward = lambda batch: spread(batch, right(batch))  # type: ignore[method-assign]
+        return engine
+
+    found = output_law(build, [case.request()], case.width, errors=True)
+    assert_same_law(found, {(output,): p for output, p in case.target_law().items()})
+    assert heat == 0 or any(len(output) < 4 for (output,) in found)
+
+
+def spread(batch: Batch, logits: Tensor) -> Tensor:
+    """NaN in one position of a row, in all of its positions."""
+    begin = 0
+    for count in batch.query_lens:
+        mine = [m for m, at in enumerate(batch.logits_at) if begin <= at < begin + count]
+        if logits[mine].isnan().any():
+            logits[mine] = float("nan")
+        begin += count
+    return logits
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])

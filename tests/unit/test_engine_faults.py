@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from tiny_engine import (
     MIN_BLOCKS,
     SETTINGS,
@@ -22,7 +23,8 @@ from tiny_engine import (
 
 from engine.core import Engine
 from engine.models.reference import ReferenceRunner
-from engine.types import InvalidRequest
+from engine.speculation.drafters.base import Drafted, RowDraft
+from engine.types import InvalidRequest, SpeculationParams
 
 
 def test_nan_logits_end_that_request_alone(monkeypatch: pytest.MonkeyPatch):
@@ -38,7 +40,7 @@ def test_nan_logits_end_that_request_alone(monkeypatch: pytest.MonkeyPatch):
             return logits
         row = next(i for i, table in enumerate(batch.block_tables) if table is seq.table.blocks)
         passes += 1
-        if passes == 4:
+        if passes >= 4:
             start = sum(batch.query_lens[:row])
             logits_at = torch.tensor(batch.logits_at)
             mine = (logits_at >= start) & (logits_at < start + batch.query_lens[row])
@@ -92,6 +94,25 @@ def test_a_nan_prefill_caches_nothing():
     start = [*prompt(20), poison()]
     assert run(engine, [ask("bad", start)])["bad"].finish == "error"
     assert engine._blocks.match(start, "", 21).committed == 0
+
+
+@pytest.mark.parametrize("drafter", ["model", "dyspec"])
+def test_nan_behind_a_draft_token_that_falls_harms_nobody(drafter: str, monkeypatch: pytest.MonkeyPatch):
+    """Masked attention carries it to the positions before, and its KV stays in the row's blocks."""
+    engine = with_poison(make_engine("near"))
+    drafts = 0
+
+    def begin(rows: Any, limits: Any, table: Any) -> Any:
+        nonlocal drafts
+        drafts += len(rows)
+        wide = {"parents": [-1, -1], "read": [-1, -1]} if drafter == "dyspec" else {}
+        return lambda: Drafted([RowDraft([poison(), 5][:most], **wide) for most in limits])
+
+    monkeypatch.setattr(engine._parts.drafters[drafter], "begin", begin)
+    asked = [replace(r, speculation=SpeculationParams(drafter=drafter)) for r in mixed(speculate=False)]
+    results = run(engine, asked)
+    assert {name: result.tokens for name, result in results.items()} == alone()
+    assert all(result.finish == "length" for result in results.values()) and drafts > len(asked)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-40])

@@ -117,10 +117,12 @@ class Verdict:
 def agreed(draft: RowDraft, chosen: Seq[int]) -> tuple[Seq[int], int]:
     """The nodes on the way of the target's choices, and the choice at its end.
 
-    `chosen`: at the row's end, then at every node.
+    `chosen`: at the row's end, then at every node; -1 where there is no law, and the way ends before that.
     """
     path, at, children = [], 0, draft.children()
     while (step := next((k for k in children[at] if draft.tokens[k] == chosen[at]), None)) is not None:
+        if chosen[step + 1] < 0:
+            break
         path.append(step)
         at = step + 1
     return path, chosen[at]
