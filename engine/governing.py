@@ -1,6 +1,7 @@
 """Who governs the rows' drafts: what each row may draft, and what its policy, or its tree's rule, is taught.
 
-Here faults of policies end: nothing is raised but what is fatal to the target, too.
+Here faults of policies end: nothing is raised but what is fatal to the target, too. Where there is no memory
+to ask them, rows run without a draft.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.memory_faults import Shortage, is_out_of_memory
 from engine.parts import Parts
 from engine.pricing import mix
 from engine.scheduler import PlanRow
@@ -49,6 +51,7 @@ class Governing:
         self._lately = dict.fromkeys(parts.drafters, True)  # whether any row drafted
         self._asking = Stopwatch()  # for limits, and teaching
         self.faults = Faults()
+        self._shortage = Shortage()
         self._looked = time.monotonic()
 
     @property
@@ -86,6 +89,8 @@ class Governing:
                 self.tables[drafter].check(policy, options)
             except PolicyFault as fault:
                 self.faults.met(drafter, fault)
+            except Exception as error:
+                self._short(error, "where options are checked: they go unchecked")
 
     def give_back(self, seq: Sequence) -> None:
         """The row has ended."""
@@ -93,9 +98,13 @@ class Governing:
             self.tables[seq.drafter].give_back(seq)
 
     def put_aside(self, seq: Sequence) -> None:
-        """The row was preempted."""
+        """The row was preempted. What there is no memory for is forgotten."""
         if seq.drafter in self.tables:
-            self.tables[seq.drafter].put_aside(seq)
+            try:
+                self.tables[seq.drafter].put_aside(seq)
+            except Exception as error:
+                self._short(error, "where a policy's state is put aside: it is forgotten")
+                self.give_back(seq)
 
     def seconds_asked(self) -> float:
         """Host seconds that asking and teaching policies took since the last call."""
@@ -103,15 +112,25 @@ class Governing:
 
     def limits(self, decoding: list[Sequence]) -> list[tuple[int, str | None]]:
         """What each decoding row may draft: the policy's wish, within caps and the room that is left."""
-        with self._asking:
-            self._look()
-            wishes = self._wishes(decoding)
-        return [
-            self._bounded(seq, wishes[seq.id])
-            if seq.id in wishes and self.trusted(seq)
-            else (0, self._why(seq))
-            for seq in decoding
-        ]
+        try:
+            with self._asking:
+                self._look()
+                wishes = self._wishes(decoding)
+            return [
+                self._bounded(seq, wishes[seq.id])
+                if seq.id in wishes and self.trusted(seq)
+                else (0, self._why(seq))
+                for seq in decoding
+            ]
+        except Exception as error:
+            self._short(error, f"where it is asked how much {len(decoding)} rows draft: now they do not")
+            return [(0, "room" if seq.drafter in self.tables else None) for seq in decoding]
+
+    def _short(self, error: Exception, what: str) -> None:
+        """It goes on without this memory. Raises what is anything else."""
+        if not is_out_of_memory(error):
+            raise error
+        self._shortage.tell(what)
 
     def _wishes(self, decoding: list[Sequence]) -> dict[str, int]:
         wishes: dict[str, int] = {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
+import time
 from pathlib import Path
 
 import psutil
@@ -10,6 +13,9 @@ import torch
 
 from engine.free_memory import free_memory
 
+log = logging.getLogger(__name__)
+
+_QUIET = 60.0  # seconds between lines in the log
 _SAID_BY_TORCH = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 _EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -31,6 +37,19 @@ def poisons(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and "CUDA" in str(error)
     )
+
+
+class Shortage:
+    """Says in the log that memory ran out, and is quiet about it for a minute."""
+
+    def __init__(self) -> None:
+        self._told = -math.inf
+
+    def tell(self, what: str) -> None:
+        """`what`: where it ran out, and what became of that."""
+        if time.monotonic() - self._told > _QUIET:
+            self._told = time.monotonic()
+            log.warning("out of memory %s. Lower memory_fraction, max_num_seqs or token_budget", what)
 
 
 def advice(error: BaseException) -> str:

@@ -6,21 +6,14 @@ would bias what rejection sampling gives.
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from engine.flight import Flight
-from engine.memory_faults import is_out_of_memory
+from engine.memory_faults import Shortage, is_out_of_memory
 from engine.scheduler import PlanRow
-
-log = logging.getLogger(__name__)
-
-_QUIET = 60.0  # seconds between lines in the log
 
 
 class Rescue:
@@ -29,7 +22,7 @@ class Rescue:
     def __init__(
         self, run: Callable[[list[PlanRow], Flight], None], give_up: Callable[[PlanRow], None]
     ) -> None:
-        self._run, self._give_up, self._told = run, give_up, -math.inf
+        self._run, self._give_up, self._shortage = run, give_up, Shortage()
 
     def land(self, flight: Flight) -> list[PlanRow]:
         """The rows of a step that ran out of memory, run; those that do not fit even alone have failed.
@@ -41,7 +34,7 @@ class Rescue:
         rows = [row for row in flight.rows if row.seq.status == "running"]
         if not rows:  # all were aborted meanwhile
             return []
-        self._tell(len(rows))
+        self._shortage.tell(f"in a step of {len(rows)} rows: they run again in smaller parts, and slower")
         flight.rescued, flight.drafts = True, []
         done: list[PlanRow] = []
         parts = _smaller(rows) or [rows]
@@ -67,12 +60,6 @@ class Rescue:
                 raise
             return False
         return True
-
-    def _tell(self, rows: int) -> None:
-        if time.monotonic() - self._told > _QUIET:
-            self._told = time.monotonic()
-            log.warning("out of memory in a step of %d rows: they run again in smaller parts, and slower. "
-                        "Lower memory_fraction, max_num_seqs or token_budget", rows)  # fmt: skip
 
 
 def _anew(row: PlanRow) -> PlanRow:

@@ -70,10 +70,14 @@ class PolicyTable:
             self._begun[1].pop(seq.slot, None)
         self._heat[seq.slot] = seq.params.temperature
         state = self._states[seq.policy]
-        with blamed(seq.policy):
-            self._policies[seq.policy].reset(state, seq.slot, seq.options if options is None else options)
-        for name, value in (seq.policy_state or {}).items():
-            state.tensors[name][seq.slot] = value
+        try:
+            with blamed(seq.policy):
+                self._policies[seq.policy].reset(state, seq.slot, seq.options if options is None else options)
+            for name, value in (seq.policy_state or {}).items():
+                state.tensors[name][seq.slot] = value
+        except Exception:
+            self.give_back(seq)  # it is not the row's state yet
+            raise
         seq.policy_state = None
 
     def put_aside(self, seq: Sequence) -> None:

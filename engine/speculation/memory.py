@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.memory_faults import is_out_of_memory
 from engine.speculation.features import VERSION
 from engine.types import CannotLoad
 
@@ -65,11 +66,9 @@ class Memory:
         self._kept = time.monotonic()
         try:
             self._write()
-        except (
-            OSError,
-            SafetensorError,
-            _NotFinite,
-        ) as error:  # a full disk must not end those who are served
+        except Exception as error:  # a full disk must not end those who are served
+            if not isinstance(error, OSError | SafetensorError | _NotFinite) and not is_out_of_memory(error):
+                raise
             if not self._failing:
                 log.warning("policy state %r cannot be written: %s", str(self._path), error)
             self._failing = True

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_speculation_faults import alone, asked, drafted, make_engine, served, texts
+from test_speculation_faults import alone, asked, drafted, make_engine, raising, served, texts
 
-from engine import memory_faults, rescue
+from engine import governing, memory_faults
 from engine.client_local import LocalEngine
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.speculation.policies.goodput import Goodput
 from engine.types import EngineUnavailable, GenerateRequest, SamplingParams, SpeculationParams
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
@@ -39,7 +40,7 @@ def short_of_memory(engine: Engine, error: Exception, fits: Callable[[Any], bool
 def test_rows_run_in_smaller_parts(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(rescue, "_QUIET", 3600.0)  # however slow this machine is
+    monkeypatch.setattr(memory_faults, "_QUIET", 3600.0)  # however slow this machine is
     engine = make_engine()
     failed = short_of_memory(
         engine, error, lambda batch: len(batch.query_lens) == 1 and sum(batch.query_lens) < 20
@@ -84,6 +85,59 @@ def test_one_that_does_not_fit_alone_fails_and_the_others_live():
     assert told[0].error is not None and "memory" in told[0].error
     assert texts(events) == alone()
     assert stats.kv_blocks_used == 0 and stats.running == 0
+
+
+ASKED: dict[str, Callable[[Engine], tuple[Any, str]]] = {
+    "a policy's limit": lambda engine: (Goodput, "limit"),
+    "a policy's reset": lambda engine: (Goodput, "reset"),
+    "a drafter's room": lambda engine: (engine._parts.drafters["model"], "room"),
+    "a table's load": lambda engine: (engine._tables["model"].load, "refresh"),
+    "a table's limits": lambda engine: (engine._tables["model"], "limits"),
+    "a look at what was learned": lambda engine: (engine._tables["model"], "heal"),
+}
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+@pytest.mark.parametrize("error", [HOST, MemoryError()], ids=["host", "python"])
+@pytest.mark.parametrize("place", ASKED)
+def test_where_limits_are_asked_nothing_is_lost_but_drafts(
+    place: str, error: Exception, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(governing, "_LOOK", -1.0)
+    engine = make_engine(policy="goodput")
+    owner, name = ASKED[place](engine)
+    right, calls = getattr(owner, name), 0
+
+    def once(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return right(*args)
+
+    monkeypatch.setattr(owner, name, once)
+    events, stats = served(engine, asked())
+    assert texts(events) == alone() and stats.speculation_faults == {}
+    if calls >= at:
+        assert drafted(events) > 0 and caplog.text.count("out of memory where") == 1
+    assert sorted(engine._governing.chains._free) == list(range(4))  # no slot is lost
+
+
+def test_a_preempted_rows_state_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    engine = make_engine(policy="goodput")
+    table: Any = engine._tables["model"]
+    monkeypatch.setattr(table, "put_aside", raising(1, HOST)(table.put_aside))
+    for request in asked():
+        engine.add(request)
+    events: dict[str, list[Any]] = {f"r{i}": [] for i in range(3)}
+    for number in range(1000):
+        if not engine.has_work():
+            break
+        if number == 4:
+            engine._scheduler._preempt(engine._scheduler.running[-1])
+        for event in engine.step()[0]:
+            events[event.id].append(event)
+    assert texts(events) == alone() and sorted(table._free) == list(range(4))
 
 
 def test_log_probabilities_that_do_not_fit_fail_their_request_alone(monkeypatch: pytest.MonkeyPatch):
