@@ -16,7 +16,7 @@ from engine.speculation.drafters.base import Drafted, Drafter, Drafts, RowDraft
 from engine.speculation.drafters.tree import TreeDrafter
 from engine.speculation.faults import DraftFault
 from engine.speculation.policy import options_of
-from engine.speculation.soundness import flaws
+from engine.speculation.soundness import drafts_said, kv_said
 from engine.speculation.tree import rules
 from engine.speculation.tree_table import TreeTable
 
@@ -82,14 +82,17 @@ class Drafting:
         read = [seq.draft_kv_len for seq in seqs]
         try:
             drafter.read(rows, self._parts.token_budget)
+            for seq in seqs:
+                if flaw := kv_said(seq, 0):
+                    raise DraftFault(f"it told of {flaw}")
         except Exception as error:
             self._fell(error, seqs, read)
 
     def _fell(self, error: Exception, seqs: list[Sequence], read: list[int]) -> None:
         """Drafting raised: what was read of these rows is what was before."""
-        self._governing.met(seqs, error)
         for seq, length in zip(seqs, read, strict=True):
-            seq.draft_kv_len = min(length, seq.draft_kv_len)
+            seq.draft_kv_len = _sure(seq) if kv_said(seq, seq.max_sl) else min(length, seq.draft_kv_len)
+        self._governing.met(seqs, error)
 
     def finish(self, flight: Flight) -> None:
         """Waits for the drafts that were begun."""
@@ -102,15 +105,25 @@ class Drafting:
                     row.seq.constraint.trim(row.seq, draft)
             for count, seconds in drafted.steps:
                 self._governing.costs.drafts[maker].observe(count, count, seconds)
+        self._check_kv([row for row in flight.rows if row.seq.status == "running"])
+
+    def _check_kv(self, rows: list[PlanRow]) -> None:
+        """Before any of it is cached."""
+        wrong = {i: flaw for i, row in enumerate(rows) if (flaw := kv_said(row.seq, row.draft.drafted))}
+        for i in wrong:
+            rows[i].draft, rows[i].seq.draft_kv_len = RowDraft(stop_reason="drafter"), _sure(rows[i].seq)
+        if wrong:
+            fault = DraftFault(f"it told of {next(iter(wrong.values()))}")
+            self._governing.met([rows[i].seq for i in wrong], fault)
 
     def _drafted(self, rows: list[PlanRow], wait: Drafts) -> Drafted:
         """What came of a draft, after a fault without those rows' trust in it."""
         seqs = [row.seq for row in rows]
         read = [seq.draft_kv_len for seq in seqs]
         deepest, vocab = [seq.max_sl for seq in seqs], self._parts.info.vocab_size
+        device = self._parts.target.device
         try:
-            drafted = wait()
-            refused = flaws(drafted, [row.sl for row in rows], deepest, vocab)
+            drafted, refused = drafts_said(wait(), [row.sl for row in rows], deepest, vocab, device)
         except Exception as error:
             self._fell(error, seqs, read)
             return Drafted([RowDraft(stop_reason="drafter") for _ in rows])
@@ -141,6 +154,8 @@ class Drafting:
                     if row.draft.parents is not None and not row.draft.unsound:
                         drafter.settle(row.seq, row.draft, row.path)
                     table.judged(row.seq, row.draft, row.path)
+                    if flaw := kv_said(row.seq, row.draft.drafted):
+                        raise DraftFault(f"it told of {flaw}")
                 except Exception as error:
                     self._fell(error, [row.seq], [_sure(row.seq)])
 

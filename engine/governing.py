@@ -95,15 +95,19 @@ class Governing:
     def give_back(self, seq: Sequence) -> None:
         """The row has ended."""
         if seq.drafter in self.tables:
-            self.tables[seq.drafter].give_back(seq)
+            try:
+                self.tables[seq.drafter].give_back(seq)
+            except Exception as error:
+                self._forgone(seq, error, "where a row ends: its policy is not told")
+                seq.slot = -1
 
     def put_aside(self, seq: Sequence) -> None:
-        """The row was preempted. What there is no memory for is forgotten."""
+        """The row was preempted. What cannot be put aside is forgotten."""
         if seq.drafter in self.tables:
             try:
                 self.tables[seq.drafter].put_aside(seq)
             except Exception as error:
-                self._short(error, "where a policy's state is put aside: it is forgotten")
+                self._forgone(seq, error, "where a policy's state is put aside: it is forgotten")
                 self.give_back(seq)
 
     def seconds_asked(self) -> float:
@@ -125,6 +129,13 @@ class Governing:
         except Exception as error:
             self._short(error, f"where it is asked how much {len(decoding)} rows draft: now they do not")
             return [(0, "room" if seq.drafter in self.tables else None) for seq in decoding]
+
+    def _forgone(self, seq: Sequence, error: Exception, what: str) -> None:
+        """A table raised where its answer does not matter."""
+        if is_out_of_memory(error):
+            self._shortage.tell(what)
+        else:
+            self.met([seq], error)
 
     def _short(self, error: Exception, what: str) -> None:
         """It goes on without this memory. Raises what is anything else."""
@@ -191,8 +202,15 @@ class Governing:
         if time.monotonic() - self._looked > _LOOK:
             self._looked = time.monotonic()
             for name, table in self.tables.items():
-                for policy in table.heal():
+                for policy in self._healed(name, table):
                     self.faults.met(name, PolicyFault(policy, "what it has learned is not finite: forgotten"))
+
+    def _healed(self, name: str, table: PolicyTable | TreeTable) -> list[str]:
+        try:
+            return table.heal()
+        except Exception as error:
+            self.faults.met(name, error)
+            return []
 
     def _bounded(self, seq: Sequence, wish: int) -> tuple[int, str | None]:
         # A draft of k emits up to k + 1 tokens and writes KV for the newest token and all k.

@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from test_speculation_faults import VOCAB, alone, asked, drafted, make_engine, served, texts
+from test_speculation_faults import BROKEN, VOCAB, alone, asked, drafted, make_engine, raising, served, texts
 
 from engine.core import Engine
 from engine.speculation.drafters.base import Drafted, RowDraft
 from engine.speculation.policies.goodput import Goodput
-from engine.types import GenerateRequest, SamplingParams
+from engine.types import TokenEvent
 
 Answer = Callable[[int], Any]
 """Of a number of rows."""
@@ -105,6 +104,14 @@ DRAFTS: dict[str, Callable[[int], RowDraft]] = {
     "no tokens": lambda most: RowDraft(None),  # type: ignore[arg-type]
     "no draft": lambda most: None,  # type: ignore[dict-item, return-value]
     "a reason that nobody knows": lambda most: RowDraft([5], stop_reason="whim"),
+    "a reason that is a list": lambda most: RowDraft([5], stop_reason=["policy"]),  # type: ignore[arg-type]
+    "a tuple of tokens": lambda most: RowDraft((5,)),  # type: ignore[arg-type]
+    "a tensor of tokens": lambda most: RowDraft(torch.tensor([5])),  # type: ignore[arg-type]
+    "laws that are nothing": lambda most: RowDraft([5], laws=None),  # type: ignore[arg-type]
+    "a tensor of doubts": lambda most: RowDraft([5], unsound=torch.ones(2)),  # type: ignore[arg-type]
+    "a word of doubt": lambda most: RowDraft([5], unsound="yes"),  # type: ignore[arg-type]
+    "fewer tokens than none": lambda most: RowDraft([5], trimmed=-50),
+    "kept logits that are none": lambda most: RowDraft([5], kept="x"),  # type: ignore[arg-type]
 }
 TREES: dict[str, Callable[[int], RowDraft]] = DRAFTS | {
     "more nodes than its budget": lambda most: tree(list(range(most + 1)), [-1] * (most + 1)),
@@ -114,6 +121,9 @@ TREES: dict[str, Callable[[int], RowDraft]] = DRAFTS | {
     "a parent before the row's end": lambda most: tree([5], [-2]),
     "a parent that is no integer": lambda most: tree([5], [-1.0]),  # type: ignore[list-item]
     "two siblings of one token": lambda most: tree([5, 6, 5], [-1, -1, -1]),
+    "nodes read elsewhere": lambda most: RowDraft([5], parents=[-1], read=[99]),
+    "nodes read nowhere": lambda most: RowDraft([5], parents=[-1]),
+    "chances that are none": lambda most: RowDraft([5], parents=[-1], read=[-1], joint=[float("nan")]),
     "a way over the request's cap": lambda most: tree([5] * 20, list(range(-1, 19))),
     "a chain over it": lambda most: RowDraft([5] * 20),
 }
@@ -142,11 +152,45 @@ def timed(rows: int, seconds: float) -> Drafted:
     return Drafted([RowDraft() for _ in range(rows)], [(rows, seconds)])
 
 
+def telling(length: Any) -> Callable[..., Any]:
+    """A `begin` whose rows say that so much of them was read."""
+
+    def begin(rows: Any, limits: Any, table: Any) -> Any:
+        def wait() -> Drafted:
+            for row in rows:
+                row.draft_kv_len = length
+            return Drafted([RowDraft() for _ in rows])
+
+        return wait
+
+    return begin
+
+
+def read_wrongly(rows: Any, budget: int) -> None:
+    for row, _ in rows:
+        row.draft_kv_len = -3
+
+
+def once(rows: list[Any]) -> Drafted:
+    return Drafted([RowDraft([5])] * len(rows))
+
+
 DRAFTER_ANSWERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "a draft too few": ("begin", lambda rows, limits, table: lambda: Drafted([RowDraft() for _ in rows[1:]])),
     "nothing": ("begin", lambda rows, limits, table: lambda: None),
     "steps of no time": ("begin", lambda rows, limits, table: lambda: timed(len(rows), float("nan"))),
     "steps of less": ("begin", lambda rows, limits, table: lambda: timed(len(rows), -1.0)),
+    "steps of no rows": ("begin", lambda rows, *_: lambda: Drafted([RowDraft() for _ in rows], [(0.5, 0.1)])),
+    "a tuple of wrong drafts": (
+        "begin",
+        lambda rows, *_: lambda: Drafted(tuple(RowDraft([10**6]) for _ in rows)),
+    ),
+    "one draft for all": ("begin", lambda rows, *_: lambda: once(rows)),
+    "a word for a fault": ("begin", lambda rows, *_: lambda: Drafted([RowDraft() for _ in rows], fault="x")),
+    "less read than nothing": ("begin", telling(-5)),
+    "more read than there is": ("begin", telling(10**6)),
+    "half a token read": ("begin", telling(1.5)),
+    "a prompt read backwards": ("read", read_wrongly),
     "room that is no number": ("room", lambda seq: float("nan")),
     "room that raises": ("room", lambda seq: {}[seq]),
     "lagging that raises": ("lags", lambda seq: {}[seq]),
@@ -187,48 +231,24 @@ def test_a_budget_is_at_most_the_requests(monkeypatch: pytest.MonkeyPatch):
     assert 0 < max(event.drafted for told in events.values() for event in told) <= 32
 
 
-def rejecting() -> list[GenerateRequest]:
-    params = SamplingParams(max_tokens=12, temperature=1.0, seed=4, sampling_method="rejection")
-    return [GenerateRequest(id="r", prompt_ids=(3, 4, 5), params=params)]
-
-
-@cache
-def rejecting_alone() -> dict[str, list[int]]:
-    engine = make_engine(draft=False)
-    return texts(served(engine, rejecting())[0])
-
-
-def law(**at: float) -> torch.Tensor:
-    """Of tokens by their names, the rest of which share what is left."""
-    known = {int(name[1:]): share for name, share in at.items()}
-    rest = (1 - sum(known.values())) / (VOCAB - len(known))
-    return torch.tensor([known.get(token, rest) for token in range(VOCAB)])
-
-
-LAWS: dict[str, list[torch.Tensor]] = {
-    "of integers": [torch.zeros(VOCAB, dtype=torch.int64)],
-    "of another vocabulary": [torch.full((VOCAB + 1,), 1 / (VOCAB + 1))],
-    "one too many": [law(), law()],
-    "no tensor": [None],  # type: ignore[list-item]
-}
-
-
-@pytest.mark.parametrize("kind", LAWS)
-def test_a_law_that_is_none(kind: str, monkeypatch: pytest.MonkeyPatch):
-    """What is not drawn from it cannot be judged by it. Nothing was drawn: the text is the target's."""
+@pytest.mark.parametrize("method", ["give_back", "put_aside"])
+def test_a_table_that_raises_where_rows_leave_it(method: str, monkeypatch: pytest.MonkeyPatch):
     engine = make_engine()
-    monkeypatch.setattr(engine._parts.drafters["model"], "begin", giving(lambda _: RowDraft([5], LAWS[kind])))
-    events, stats = served(engine, rejecting())
-    assert texts(events) == rejecting_alone() and drafted(events) == 0
-    assert stats.speculation_faults == {"model": 1}
-
-
-def test_a_law_that_is_one(monkeypatch: pytest.MonkeyPatch):
-    engine = make_engine()
-    sound = giving(lambda _: RowDraft([5], [law(t5=0.5)]))
-    monkeypatch.setattr(engine._parts.drafters["model"], "begin", sound)
-    events, stats = served(engine, rejecting())
-    assert len(texts(events)["r"]) == 12 and drafted(events) > 0 and stats.speculation_faults == {}
+    table = engine._tables["dyspec"]
+    monkeypatch.setattr(table, method, raising(1, BROKEN)(getattr(table, method)))
+    for request in asked("dyspec"):
+        engine.add(request)
+    events: dict[str, list[TokenEvent]] = {f"r{i}": [] for i in range(3)}
+    for number in range(200):
+        told, stats = engine.step()
+        for event in told:
+            events[event.id].append(event)
+        if number == 2:
+            engine._scheduler._preempt(engine._scheduler.running[-1])
+        if not engine.has_work():
+            break
+    assert texts(events) == alone() and all(told[-1].finish_reason == "length" for told in events.values())
+    assert stats.speculation_faults["dyspec"] >= 1 and stats.kv_blocks_used == 0
 
 
 def test_a_sound_row_keeps_its_draft(monkeypatch: pytest.MonkeyPatch):
