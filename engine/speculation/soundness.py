@@ -1,7 +1,7 @@
 """What drafters, policies and trees' tables may say. What cannot be is a fault of theirs, found here.
 
-Of what lies on the device only shapes and types are looked at, except where it is read back anyway: what a
-law's numbers are, a drafter answers for (NaN is found where it draws).
+Of what lies on a GPU only shapes and types are looked at, except where it is read back anyway: to read a
+law's numbers there would hold every step up, and our kernels made them (NaN is found where they draw).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from engine.speculation.drafters.base import Drafted, RowDraft
 from engine.speculation.faults import DraftFault, fatal
 from engine.speculation.tree import MOST_NODES
 
+_ROUNDING = 1e-3  # by which a law's sum may be off 1
 _UNTOLD = -1  # for a limit that is no number of tokens
 _MOST = 2.0**31  # tokens: more is as good as this, and fits int64
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -153,6 +154,26 @@ def _no_law(draft: RowDraft, vocab: int, device: torch.device) -> str | None:
             return f"logits kept for a temperature of {heat}"
     if not all(_over(law, (vocab,), _FLOATS, device) for law in draft.laws):
         return "a law that is not over the vocabulary"
+    return _no_numbers(draft) if device.type == "cpu" else None
+
+
+def _no_numbers(draft: RowDraft) -> str | None:
+    """What no token can have been drawn from, or not its token."""
+    seen: dict[int, Tensor] = {}  # siblings share theirs
+    for k, token in enumerate(draft.tokens):
+        law = draft.law(k)
+        if law is None:
+            return None
+        if id(law) not in seen:
+            seen[id(law)] = law
+            least, total = (
+                float(law.min()),
+                float(law.sum(dtype=torch.promote_types(law.dtype, torch.float32))),
+            )
+            if not (least >= 0 and abs(total - 1) <= _ROUNDING):  # or NaN
+                return f"a law whose least number is {least:g}, and whose sum {total:g}"
+        if not law[token] > 0:
+            return "a token that its law never gives"
     return None
 
 

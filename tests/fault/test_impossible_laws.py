@@ -40,6 +40,7 @@ KEPT: dict[str, Any] = {
     "at no temperature": kept(heat=0.0),
     "at a word of temperature": kept(heat="hot"),
     "of another vocabulary": kept(vocab=VOCAB + 1),
+    "NaN": (torch.full((4, VOCAB), float("nan"), dtype=torch.bfloat16), 0, 1.0),
     "a word": "x",
     "elsewhere": (torch.zeros(4, VOCAB, dtype=torch.bfloat16, device="meta"), 0, 1.0),
 }
@@ -62,6 +63,15 @@ LAWS: dict[str, list[torch.Tensor]] = {
     "of integers": [torch.zeros(VOCAB, dtype=torch.int64)],
     "of another vocabulary": [torch.full((VOCAB + 1,), 1 / (VOCAB + 1))],
     "one too many": [law(), law()],
+    "of nothing": [torch.zeros(VOCAB)],
+    "of too little": [torch.full((VOCAB,), 0.01 / VOCAB)],
+    "of too much": [torch.full((VOCAB,), 1.01 / VOCAB)],
+    "negative": [-torch.ones(VOCAB)],
+    "negative, in one token": [law(t9=-0.25)],
+    "NaN": [torch.full((VOCAB,), float("nan"))],
+    "NaN, in one token": [law(t9=float("nan"))],
+    "infinite": [torch.full((VOCAB,), float("inf"))],
+    "without its token": [law(t5=0.0)],
     "no tensor": [None],  # type: ignore[list-item]
 }
 
@@ -76,9 +86,10 @@ def test_a_law_that_is_none(kind: str, monkeypatch: pytest.MonkeyPatch):
     assert stats.speculation_faults == {"model": 1}
 
 
-def test_a_law_that_is_one(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_a_law_that_is_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     engine = make_engine()
-    sound = giving(lambda _: RowDraft([5], [law(t5=0.5)]))
+    sound = giving(lambda _: RowDraft([5], [law(t5=0.5).to(dtype)]))
     monkeypatch.setattr(engine._parts.drafters["model"], "begin", sound)
     events, stats = served(engine, rejecting())
     assert len(texts(events)["r"]) == 12 and drafted(events) > 0 and stats.speculation_faults == {}
