@@ -134,7 +134,7 @@ def _no_tree(draft: RowDraft, parents: list[int]) -> str | None:
         return "a tree whose nodes do not follow earlier ones"
     if len(set(zip(parents, draft.tokens, strict=True))) < nodes:
         return "a tree with the same token twice behind one node"
-    if len(draft.read) != nodes or not all(type(at) is int and -1 <= at < nodes for at in draft.read):
+    if len(draft.read) != nodes or not all(type(at) is int and -1 <= at < MOST_NODES for at in draft.read):
         return "a tree whose nodes were not read where it says"
     if len(draft.joint) not in (0, nodes) or not all(map(math.isfinite, draft.joint)):
         return "a tree whose nodes' chances are no numbers"

@@ -265,3 +265,9 @@ def test_a_sound_row_keeps_its_draft(monkeypatch: pytest.MonkeyPatch):
     events, stats = served(engine, asked())
     assert texts(events) == alone() and stats.speculation_faults == {"model": 1}
     assert calls == 1 and drafted(events) == 2
+
+
+@pytest.mark.parametrize("drafter", ["model", "ngram", "dyspec", "opt_tree", "goodput_tree"])
+def test_our_own_drafters_are_not_blamed(drafter: str):
+    events, stats = served(make_engine(), asked(drafter))
+    assert texts(events) == alone() and drafted(events) > 0 and stats.speculation_faults == {}
