@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from classifiers.prompt_ids import TemplateRefusal, prompt_ids
 from classifiers.traces import Source
-from engine.models.references import first_line
+from engine.models.folder import first_line
 
 HUB = "hub:"
 EXAMPLES = "examples"

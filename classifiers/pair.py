@@ -26,7 +26,8 @@ from classifiers.pair_texts import Encoded, PairError, encode, read_prompts, wri
 from engine.config import DType, EngineConfig
 from engine.core import Engine
 from engine.models import load
-from engine.models.references import first_line, quiet
+from engine.models.folder import first_line
+from engine.models.references import quiet
 from engine.models.runner import Runner
 from engine.parts import Parts, build
 from engine.speculation.drafters.model import ModelDrafter

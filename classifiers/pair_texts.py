@@ -15,7 +15,7 @@ from classifiers.collect_texts import write
 from classifiers.heldout import Prompt
 from classifiers.prompt_ids import TemplateRefusal, prompt_ids
 from engine.core import Engine
-from engine.models.references import first_line
+from engine.models.folder import first_line
 
 
 class PairError(ValueError):

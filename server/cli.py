@@ -129,7 +129,7 @@ def serve(settings: Settings) -> None:
         # First: libraries take stderr as they find it.
         logs.configure(settings.log_level, settings.log_format)
 
-        from engine.models.references import ModelError
+        from engine.models.folder import ModelError
         from server import tls, tracing
         from server.launch import PortTaken, run
 
@@ -163,7 +163,7 @@ def generate(
 ) -> None:
     """Generate from one prompt here, without a server: the text as it comes, then what speculation did."""
     with ends_at_once():
-        from engine.models.references import ModelError
+        from engine.models.folder import ModelError
         from server.generate import run
 
     _log_to_stderr(settings.log_level if settings.log_level != "info" else "warning")
@@ -202,7 +202,8 @@ def pull_model(
     name: Annotated[str, typer.Argument(help="An alias, a Hugging Face id or a .gguf file to convert.")],
 ) -> None:
     """Fetch a model now, so that a later start does not have to. Prints where it lies."""
-    from engine.models.references import ModelError, pull
+    from engine.models.folder import ModelError
+    from engine.models.references import pull
 
     _log_to_stderr("info")
     with one_line_errors(ModelError):

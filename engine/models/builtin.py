@@ -11,8 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from engine.models.draft import read_config
+from engine.models.folder import ModelError
 from engine.models.load import tokenizer_sha256
-from engine.models.references import ALIASES, ModelError
+from engine.models.references import ALIASES
 
 NAME = "default"
 ROOT = Path(__file__).parents[1] / "builtin"

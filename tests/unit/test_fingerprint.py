@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.models import builtin
 from engine.models.fingerprint import fingerprint, of_draft, of_model
+from engine.models.folder import ModelNotFound
 from engine.models.load import load_tokenizer
-from engine.models.references import ModelNotFound
 
 WEIGHTS = "model.safetensors"
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.models.damage import check_weights, ends_within, load_config
+from engine.models.folder import ModelError
 from engine.models.load import load_model, load_tokenizer
-from engine.models.references import ModelError
 
 
 def edited(model: Path, copy: Path, file: str = "config.json", **values: Any) -> str:

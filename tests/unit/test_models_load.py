@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -26,11 +29,13 @@ from transformers import (
     Starcoder2Config,
 )
 
+from engine.models import load
 from engine.models.load import (
     ModelError,
     UnsafeWeights,
     early_exit,
     eos_token_ids,
+    load_config,
     load_model,
     load_tokenizer,
     pick_device,
@@ -98,6 +103,75 @@ def test_pickles_are_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UnsafeWeights, match=r"pytorch_model\.bin"):
         load_model(str(tmp_path), device="cpu")
+
+
+def indexed(model: Path, copy: Path, file: str, index: str = "model.safetensors.index.json") -> str:
+    """A copy of a model whose weights are a pickle in `file`, named by an index; its safetensors are none."""
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    save_file({"x": torch.ones(1)}, copy / "extra.safetensors")
+    torch.save(weights, copy / file)
+    named = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, file)}
+    (copy / index).write_text(json.dumps(named))
+    return str(copy)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "../outside.bin", "../outside.safetensors"])
+def test_an_index_names_only_safetensors_of_its_folder(file: str, tiny_llama: Path, tmp_path: Path) -> None:
+    where = indexed(tiny_llama, tmp_path / "it", file)
+    for reads in (load_model, load_config, load_tokenizer):
+        with pytest.raises(UnsafeWeights, match=rf"index\.json' names '{file}'") as raised:
+            reads(where)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter_model.bin", "a.index.json", "../it/x.safetensors", "/x.safetensors", 5]
+)
+def test_a_config_names_only_safetensors_of_its_folder(file: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "it")
+    said = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "it" / "config.json").write_text(json.dumps(said | {"transformers_weights": file}))
+    with pytest.raises(UnsafeWeights, match=r"config\.json of"):
+        load_model(str(tmp_path / "it"), device="cpu")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": [1]}}'])
+def test_an_index_that_is_none_is_told(content: str, tiny_llama: Path, tmp_path: Path) -> None:
+    where = indexed(tiny_llama, tmp_path / "it", "pytorch_model.bin")
+    Path(where, "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json' is no index of weights"):
+        load_model(where, device="cpu")
+
+
+def test_the_index_of_pickles_beside_safetensors_is_not_read(tiny_llama: Path, tmp_path: Path) -> None:
+    where = indexed(tiny_llama, tmp_path / "it", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    with pytest.raises(UnsafeWeights, match="no safetensors"):
+        load_model(where, device="cpu")
+    shutil.copy(tiny_llama / "model.safetensors", where)
+    load_model(where, device="cpu")
+
+
+def test_shards_may_be_links_as_in_the_hubs_cache(tiny_llama: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    snapshot.mkdir()
+    load_model(str(tiny_llama), device="cpu").save_pretrained(blobs, max_shard_size="50KB")
+    assert len(list(blobs.glob("*.safetensors"))) > 1
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    load_model(str(snapshot), device="cpu")
+
+
+def test_an_index_on_the_hub_is_looked_at_before_its_files_are_fetched(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = indexed(tiny_llama, tmp_path / "it", "pytorch_model.bin")
+    monkeypatch.setattr(load, "resolve", lambda _: "some-org/model")
+    monkeypatch.setattr(load, "load_config", lambda *_: AutoConfig.from_pretrained(tiny_llama))
+    monkeypatch.setattr(load, "cached_file", lambda _, name, **__: f"{where}/{name}")
+    with pytest.raises(ModelError, match=r"names 'pytorch_model\.bin' as weights"):
+        load_model("some-org/model", device="cpu")
 
 
 def test_a_broken_checkpoint_is_a_model_error(tiny_llama: Path, tmp_path: Path) -> None:

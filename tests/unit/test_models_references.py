@@ -19,8 +19,9 @@ import torch
 from huggingface_hub import constants
 
 from engine.models import references
+from engine.models.folder import ModelError, ModelNotFound, UnsafeWeights
 from engine.models.load import load_model, load_tokenizer
-from engine.models.references import ALIASES, ModelError, ModelNotFound, UnsafeWeights, cached, resolve
+from engine.models.references import ALIASES, cached, resolve
 
 
 @pytest.fixture(autouse=True)
