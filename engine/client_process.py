@@ -7,12 +7,11 @@ import contextlib
 import logging
 import multiprocessing
 import signal
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
 
 import zmq
 import zmq.asyncio
 
+from engine import group_signals
 from engine.config import EngineConfig
 from engine.memory_faults import oom_kills
 from engine.socket_folder import socket_folder
@@ -43,7 +42,7 @@ class Worker:
             )
             self.exit = ""  # how it ended
             self._oom_kills, self._reap = oom_kills(), _REAP
-            with _signals_blocked():
+            with group_signals.blocked():
                 self.process.start()
             made.callback(self._end)
             self.ready_at: float | None = None  # the event loop's time
@@ -112,14 +111,3 @@ class Worker:
     def _on_death(self) -> None:
         asyncio.get_running_loop().remove_reader(self.process.sentinel)
         self.died.set_result(None)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A process started herein is deaf to what may reach the whole group from its first instruction on."""
-    resource_tracker.ensure_running()  # it would start in `Process.start` and lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

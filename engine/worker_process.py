@@ -7,13 +7,12 @@ import faulthandler
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 import zmq
 
-from engine import log_writer
+from engine import group_signals, log_writer
 from engine.config import EngineConfig
 from engine.messages import FromEngine, ToEngine, decode_to_engine, encode
 from engine.worker import ClientGone, import_factory, serve
@@ -61,9 +60,7 @@ def main(
 
     `formatter` writes the lines of its log; None: as text.
     """
-    # These may reach the whole process group; ending the engine is its client's business.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    group_signals.ignore()
     faulthandler.enable()
     log_writer.configure(log_level, formatter)
     context = zmq.Context()

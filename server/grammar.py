@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
+from engine import group_signals
 from engine.types import CompiledGrammar, EngineUnavailable, InvalidRequest
 from server.grammar_messages import Answer, Ask
 from server.turns import Turns
@@ -213,7 +214,7 @@ class _Forks:
     async def start(self) -> str | None:
         """Why it cannot compile anything, if so. Raises EOFError, OSError, TimeoutError."""
         with self._theirs:
-            await asyncio.to_thread(self._process.start)
+            await asyncio.to_thread(_start, self._process)
         if self._ended:  # meanwhile, when there was no process to end yet
             self._kill()
             raise ConnectionError("the processes were ended")
@@ -261,6 +262,11 @@ class _Forks:
     def _kill(self) -> None:
         self._process.kill()
         self._process.join()
+
+
+def _start(process: BaseProcess) -> None:
+    with group_signals.blocked():
+        process.start()
 
 
 def _run(*arguments: Any) -> None:

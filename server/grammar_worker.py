@@ -21,7 +21,7 @@ import xgrammar
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from engine import log_writer
+from engine import group_signals, log_writer
 from engine.grammar import SLOWEST_SECONDS, Matcher, vocabulary
 from server.grammar_messages import Answer, Ask
 from server.grammar_regex import Refused, check_regex
@@ -53,8 +53,7 @@ def main(
     What is forked says by a byte that it is there, takes an `Ask`, gives its `Answer`, and ends; also once
     the line is closed, or much later than it was given time for.
     """
-    for each in (signal.SIGINT, signal.SIGTERM):  # these may reach the whole group; the server ends us
-        signal.signal(each, signal.SIG_IGN)
+    group_signals.ignore()  # the server ends us
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     log_writer.configure(log_level, formatter)
     try:

@@ -164,15 +164,47 @@ async def test_signals_to_the_group_are_not_the_engines_business():
     await until(lambda: engine.pid is not None)
     assert engine.pid is not None
     while not starting.done():  # from its first instruction on, and while it loads
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(engine.pid, each)
         await asyncio.sleep(0.02)
     await starting
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(engine.pid, each)
     assert tokens(await read(engine, request())) == list(range(5))
     assert engine.restarts == 0
     await engine.close()
+
+
+def test_no_process_of_the_server_ends_by_a_signal_to_its_group(tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import asyncio, os, signal, sys
+        import psutil
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+        from engine.client_worker import WorkerEngine
+        from engine.config import EngineConfig
+
+        async def parent():
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(each, lambda *_: None)
+            engine = WorkerEngine(EngineConfig(target="ok"), {FACTORY!r})
+            await engine.start()
+            children = psutil.Process().children()
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.killpg(os.getpid(), each)
+            await asyncio.sleep(1.0)
+            print(len(children), sum(child.status() == psutil.STATUS_ZOMBIE for child in children))
+            await engine.close()
+
+        if __name__ == "__main__":
+            asyncio.run(parent())
+        """)
+    )
+    done = subprocess.run(
+        [sys.executable, script], start_new_session=True, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "2 0"), done.stderr  # the engine, Python's tracker
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10**5], ids=["idle", "busy"])

@@ -8,6 +8,7 @@ import copy
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -242,6 +243,18 @@ async def test_a_process_that_dies_is_replaced(own: tuple[GrammarCompiler, int])
         await one.compile(structure("regex", "b"))
     assert (await one.compile(structure("regex", "b"))).data
     assert one._forks is not None and one._forks.pid != pid
+
+
+async def test_signals_to_the_group_are_not_its_business(tokenizer: PreTrainedTokenizerFast):
+    one = build(tokenizer)
+    compiling = asyncio.create_task(one.compile(structure("regex", "a")))
+    while not compiling.done():  # from its first instruction on
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if one._forks is not None and one._forks.pid is not None:
+                os.kill(one._forks.pid, each)
+        await asyncio.sleep(0.02)
+    assert compiling.result().data
+    one.close()
 
 
 async def test_whoever_leaves_takes_no_answer_of_others(own: tuple[GrammarCompiler, int]):
