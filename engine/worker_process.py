@@ -15,6 +15,7 @@ import zmq
 from engine import group_signals, log_writer
 from engine.config import EngineConfig
 from engine.messages import FromEngine, ToEngine, decode_to_engine, encode
+from engine.standard_streams import open_missing
 from engine.worker import ClientGone, import_factory, serve
 
 _POLL_MS = 1000  # the longest the loop sleeps without looking whether its parent lives
@@ -61,6 +62,7 @@ def main(
     `formatter` writes the lines of its log; None: as text.
     """
     group_signals.ignore()
+    open_missing()
     faulthandler.enable()
     log_writer.configure(log_level, formatter)
     context = zmq.Context()

@@ -4,20 +4,57 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import pytest
 
 from server.interrupts import ends_at_once
+
+SMALL = ["--device", "cpu", "--kv-blocks", "64"]
 
 
 @pytest.mark.parametrize("module", ["server", "server.cli"])
 def test_python_runs_the_package_as_the_command(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"disco-serve {version('disco-serve')}\n")
+
+
+@pytest.mark.parametrize("closed", [(0,), (2,), (0, 1, 2)])
+def test_a_server_whose_standard_streams_are_closed_starts_and_ends(
+    closed: tuple[int, ...], tiny_llama: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve = ["serve", "--target", str(tiny_llama), "--draft", "none", "--port", str(port), *SMALL]
+    server = subprocess.Popen([sys.executable, "-m", "server", *serve], preexec_fn=lambda: closing(closed))
+    try:
+        until = time.monotonic() + 120
+        while not answers(port):
+            assert server.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+def closing(files: tuple[int, ...]) -> None:
+    for each in files:
+        os.close(each)
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def interrupted_at(module: str, arguments: list[str]) -> tuple[int, str]:
