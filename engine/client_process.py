@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 
 import zmq
@@ -19,6 +20,7 @@ from engine.worker_process import main
 
 log = logging.getLogger(__name__)
 
+_FILES = 16  # more than a start opens
 _REAP = 10.0  # seconds for the system to end a killed process
 
 
@@ -27,6 +29,7 @@ class Worker:
 
     def __init__(self, config: EngineConfig, factory: str, log_formatter: logging.Formatter | None) -> None:
         loop = asyncio.get_running_loop()
+        _check_files()
         with contextlib.ExitStack() as made:  # taken back if something fails
             endpoint = f"ipc://{made.enter_context(socket_folder())}/0"
             context = zmq.asyncio.Context()
@@ -111,3 +114,14 @@ class Worker:
     def _on_death(self) -> None:
         asyncio.get_running_loop().remove_reader(self.process.sentinel)
         self.died.set_result(None)
+
+
+def _check_files() -> None:
+    """Raises OSError unless enough files can be opened for a start: ZeroMQ, short of one, aborts."""
+    opened: list[int] = []
+    try:
+        while len(opened) < _FILES:
+            opened += os.pipe()
+    finally:
+        for each in opened:
+            os.close(each)

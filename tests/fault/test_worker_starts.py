@@ -5,8 +5,10 @@ import errno
 import multiprocessing.process
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,45 @@ async def test_a_server_without_file_descriptors_lives_and_connects_once_it_has_
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     await until(lambda: engine.state == "ready")
     assert engine.restarts == 1 and tokens(await read(engine, request())) == list(range(5))
+
+
+def test_a_start_that_is_short_of_any_file_descriptors_raises_and_ends_nothing(tmp_path: Path):
+    """In processes of their own, which ZeroMQ would abort: a start with 0, 1, 2 ... descriptors left."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import asyncio, os, resource, sys
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+        from multiprocessing import resource_tracker
+        from engine.client_process import Worker
+        from engine.config import EngineConfig
+
+        async def start(left):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            taken = []
+            try:
+                while True:
+                    taken.append(os.dup(0))
+            except OSError:
+                for each in taken[:left]:
+                    os.close(each)
+            try:
+                Worker(EngineConfig(target="ok"), {FACTORY!r}, None).destroy()
+                print("started", flush=True)
+            except OSError as error:
+                print(error, flush=True)
+
+        if __name__ == "__main__":
+            resource_tracker.ensure_running()
+            for left in range(13):
+                if os.fork() == 0:
+                    asyncio.run(start(left))
+                    os._exit(0)
+                print(os.wait()[1], flush=True)
+        """)
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.stdout.splitlines() == ["[Errno 24] Too many open files", "0"] * 13, done.stderr
 
 
 SHORTAGES = {
