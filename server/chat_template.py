@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
@@ -43,11 +43,14 @@ TemplateMessage = dict[str, Any]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the template is none that could be parsed: every chat would fail by it."""
+    """Raises ValueError if the template is none that could be compiled: every chat would fail by it."""
+    template = tokenizer.chat_template
+    if template is not None and not isinstance(template, str | dict):
+        raise ValueError(f"its chat template is no text but a {type(template).__name__}")
     try:
-        _parsed(_texts(tokenizer.chat_template))
-    except TemplateError as error:
-        raise ValueError(f"its chat template does not parse: {error}") from error
+        _environment().compile(_without_tags(_texts(template)))
+    except _REFUSALS as error:
+        raise ValueError(f"its chat template does not compile: {error}") from error
 
 
 class ChatTemplate:
@@ -267,14 +270,18 @@ def _texts(template: str | dict[str, str] | None) -> str:
     return template or ""
 
 
-def _parsed(template: str) -> nodes.Template:
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    return environment.parse(_GENERATION_TAG.sub("", template))
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+
+
+def _without_tags(template: str) -> str:
+    """Without tags that only training reads."""
+    return _GENERATION_TAG.sub("", template)
 
 
 def _variables(template: str) -> set[str]:
     """The names that a template reads and does not set."""
     try:
-        return meta.find_undeclared_variables(_parsed(template))
+        return meta.find_undeclared_variables(_environment().parse(_without_tags(template)))
     except TemplateError:  # rendering will tell
         return set()

@@ -153,10 +153,18 @@ def load_tokenizer(reference: str, trust_remote_code: bool = False) -> PreTraine
     with quiet(progress=False):
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+            _try_out(tokenizer)
         except Exception as error:  # a broken file breaks its readers in many ways
             raise ModelError(f"tokenizer of {reference!r}: {reason(error)}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Does with it what requests will: much that its files say is taken as it is until it is used."""
+    ids = tokenizer.encode(_PROBE)
+    tokenizer.decode([*ids, *tokenizer.all_special_ids], skip_special_tokens=True)
+    _ = real_vocab_size(tokenizer), tokenizer.special_tokens_map, tokenizer.added_tokens_decoder
 
 
 def _load_error(reference: str, error: Exception) -> ModelError:

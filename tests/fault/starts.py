@@ -157,7 +157,7 @@ STARTS = (
     Start("generation", "generation_config.json is no JSON", _written(_GENERATION, "{"), _GENERATION),
     Start("no_tokenizer", "no tokenizer.json", _no_tokenizer, "tokenizer of"),
     Start("tokens", "tokenizer.json is no JSON", _written("tokenizer.json", "no"), "tokenizer.json"),
-    Start("template", "a template that is none", _written("chat_template.jinja", "{{"), "does not parse"),
+    Start("template", "a template that is none", _written("chat_template.jinja", "{{"), "does not compile"),
     Start("draft_truncated", "a draft's weights cut in half", _draft(_truncated), "cannot be loaded"),
     Start(
         "draft_layers",

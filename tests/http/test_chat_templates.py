@@ -11,7 +11,7 @@ from template_families import with_template
 from transformers import PreTrainedTokenizerFast
 
 from engine.types import InvalidRequest
-from server.chat_template import ChatTemplate
+from server.chat_template import ChatTemplate, check_template
 from server.protocol.body import validate
 from server.protocol.chat import ChatBody
 
@@ -254,3 +254,18 @@ def test_deep_nesting_is_no_crash(render: Any) -> None:
         deep = {"properties": {"a": deep}}
     with pytest.raises(InvalidRequest, match="refuses"):
         render(families.HERMES, tools=[{"type": "function", "function": {"name": "f", "parameters": deep}}])
+
+
+@pytest.mark.parametrize("template", ["{{", "{{ messages | nothing }}", 5, 0, False, ["x"], {"default": 5}])
+def test_a_template_that_no_chat_could_use_is_told_at_start(
+    template: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match="chat template"):
+        check_template(with_template(tokenizer, template))
+
+
+@pytest.mark.parametrize(
+    "template", [None, "", families.HERMES, {"default": families.HERMES}, {"other": "x"}]
+)
+def test_other_templates_are_not(template: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    check_template(with_template(tokenizer, template))

@@ -131,6 +131,28 @@ def test_a_tokenizer_that_cannot_be_read_is_a_model_error(tiny_llama: Path, tmp_
         load_tokenizer(where)
 
 
+@pytest.mark.parametrize(
+    ("file", "said", "why"),
+    [
+        ("tokenizer_config.json", {"model_max_length": "x"}, "self.model_max_length"),
+        ("tokenizer_config.json", {"model_max_length": [5]}, "self.model_max_length"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token"),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}, "extra_special_tokens must be"),
+        ("special_tokens_map.json", {"model_max_length": {"a": 1}}, "self.model_max_length"),
+        ("special_tokens_map.json", {"unk_token": {"a": 1}}, "RecursionError"),
+    ],
+)
+def test_what_requests_need_of_a_tokenizer_is_tried(
+    file: str, said: dict[str, Any], why: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    where = edited(tiny_llama, tmp_path / "it")
+    before = json.loads(Path(where, file).read_text()) if Path(where, file).exists() else {}
+    Path(where, file).write_text(json.dumps(before | said))
+    with pytest.raises(ModelError, match="tokenizer of") as raised:
+        load_tokenizer(where)
+    assert why in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_memory_that_runs_out_is_no_fault_of_the_files(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
