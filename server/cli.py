@@ -6,7 +6,8 @@ import asyncio
 import logging
 import socket
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import entry_points, version
 from typing import Annotated, Any
 
@@ -123,7 +124,7 @@ def _root(
 @settings_flags(*_SERVER_FLAGS, *_ENGINE_FLAGS)
 def serve(settings: Settings) -> None:
     """Serve a target model over OpenAI's API. Every flag also reads DISCO_<NAME>."""
-    with ends_at_once():
+    with _importing():
         from server import logs
 
         # First: libraries take stderr as they find it.
@@ -162,7 +163,7 @@ def generate(
     ] = None,
 ) -> None:
     """Generate from one prompt here, without a server: the text as it comes, then what speculation did."""
-    with ends_at_once():
+    with _importing():
         from engine.models.folder import ModelError
         from server.generate import run
 
@@ -184,10 +185,11 @@ def generate(
 @models.command("list")
 def list_models() -> None:
     """Models by short name, and where their files lie."""
-    from rich.console import Console
-    from rich.table import Table
+    with _importing():
+        from rich.console import Console
+        from rich.table import Table
 
-    from engine.models.references import ALIASES, cached
+        from engine.models.references import ALIASES, cached
 
     table = Table("name", "model", "what", "here", box=None)
     for column in table.columns:
@@ -202,8 +204,9 @@ def pull_model(
     name: Annotated[str, typer.Argument(help="An alias, a Hugging Face id or a .gguf file to convert.")],
 ) -> None:
     """Fetch a model now, so that a later start does not have to. Prints where it lies."""
-    from engine.models.folder import ModelError
-    from engine.models.references import pull
+    with _importing():
+        from engine.models.folder import ModelError
+        from engine.models.references import pull
 
     _log_to_stderr("info")
     with one_line_errors(ModelError):
@@ -224,6 +227,13 @@ def add_commands() -> None:
             app.add_typer(command, name=entry.name)
         else:
             app.command(entry.name)(command)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """For imports: Ctrl-C ends the process, and what the system refuses to a library is told in one line."""
+    with ends_at_once(), one_line_errors(OSError):
+        yield
 
 
 class _OneLine(logging.Formatter):

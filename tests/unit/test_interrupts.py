@@ -57,20 +57,25 @@ def answers(port: int) -> bool:
         return False
 
 
-def interrupted_at(module: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of a command whose process gets SIGINT as it begins to import a module."""
+def run_with(module: str, happens: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command in whose process something happens as it begins to import a module."""
     code = f"""
 import os, signal, sys
-class Interrupt:
+class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Interrupt())
+            {happens}
+sys.meta_path.insert(0, Finder())
 sys.argv[1:] = {arguments!r}
 from server.__main__ import main
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def interrupted_at(module: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command whose process gets SIGINT as it begins to import a module."""
+    done = run_with(module, "os.kill(os.getpid(), signal.SIGINT)", arguments)
     return done.returncode, done.stderr
 
 
@@ -78,6 +83,14 @@ main()
 def test_ctrl_c_within_imports_ends_the_command_without_a_word(module: str, tiny_llama: Path) -> None:
     serve = ["serve", "--target", str(tiny_llama), "--draft", "none", "--port", "0"]
     assert interrupted_at(module, serve) == (130, "")
+
+
+@pytest.mark.parametrize("command", ["serve", "generate hello", "models list", "models pull smollm2"])
+def test_what_the_system_refuses_to_imports_is_told_in_one_line(command: str) -> None:
+    """As without any writable folder for temporary files, which torch looks for."""
+    done = run_with("torch", "raise FileNotFoundError(2, 'No usable temporary directory')", command.split())
+    said = "disco-serve: [Errno 2] No usable temporary directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_ctrl_c_that_a_library_takes_for_a_failed_import_is_still_one(tiny_llama: Path) -> None:
