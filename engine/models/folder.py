@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 from engine.types import CannotLoad
 
+_MODEL_FILES = (
+    *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors", "*.py"),
+    "additional_chat_templates/*.jinja",
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _INDEX = ".safetensors.index.json"
 
@@ -26,6 +31,9 @@ class UnsafeWeights(ModelError):
 
 def check_folder(path: Path) -> None:
     """Raises ModelNotFound, UnsafeWeights or ModelError unless `from_pretrained` may read this folder."""
+    for pattern in _MODEL_FILES:
+        for file in path.glob(pattern):
+            _check_file(file)
     if not (path / "config.json").is_file():
         raise ModelNotFound(f"model directory {str(path)!r} has no config.json{_hint(path)}")
     if not any(path.glob("*.safetensors")):
@@ -35,11 +43,20 @@ def check_folder(path: Path) -> None:
                 "code and are not loaded; convert them to safetensors first"
             )
         raise ModelNotFound(f"model directory {str(path)!r} has no *.safetensors{_hint(path)}")
-    for file in path.iterdir():
-        if not os.access(file, os.R_OK):
-            raise ModelError(f"{str(file)!r} cannot be read: permission denied")
     for index in sorted(path.glob(f"*{_INDEX}")):
         check_index(index)
+
+
+def _check_file(file: Path) -> None:
+    """transformers goes on without what is no file, and waits for whoever may write into a pipe."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise ModelError(f"{str(file)!r} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise ModelError(f"{str(file)!r} is no regular file")
+    if not os.access(file, os.R_OK):
+        raise ModelError(f"{str(file)!r} cannot be read: permission denied")
 
 
 def check_index(index: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import threading
 import zipfile
@@ -276,6 +277,47 @@ def test_weights_that_may_not_be_read_are_told_as_such(
 ) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(b"{}")
-    monkeypatch.setattr(references.os, "access", lambda file, mode: file.suffix == ".json")
+    monkeypatch.setattr(os, "access", lambda file, mode: Path(file).suffix == ".json")
     with pytest.raises(ModelError, match=r"model\.safetensors.*permission denied"):
         resolve(str(tmp_path))
+
+
+def _link(file: Path) -> None:
+    file.symlink_to(file.name)
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dangling": (lambda file: file.symlink_to("nothing"), "cannot be read: No such file"),
+    "itself": (_link, "cannot be read: Too many levels"),
+    "fifo": (os.mkfifo, "is no regular file"),
+    "folder": (Path.mkdir, "is no regular file"),
+}
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "model.safetensors",
+)
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_the_model_that_is_no_regular_one_is_refused(odd: str, name: str, tmp_path: Path) -> None:
+    for each in ("config.json", "model.safetensors"):
+        (tmp_path / each).write_bytes(b"{}")
+    make, said = ODD[odd]
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(ModelError, match=said) as raised:
+        resolve(str(tmp_path))
+    assert name in str(raised.value)
+
+
+def test_what_is_no_file_of_the_model_is_not_looked_at(tmp_path: Path) -> None:
+    for each in ("config.json", "model.safetensors"):
+        (tmp_path / each).write_bytes(b"{}")
+    (tmp_path / "original").mkdir()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "notes").symlink_to("nothing")
+    assert resolve(str(tmp_path)) == tmp_path
