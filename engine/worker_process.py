@@ -62,6 +62,7 @@ def main(
     `formatter` writes the lines of its log; None: as text.
     """
     group_signals.ignore()
+    group_signals.go_on_when_orphaned()
     open_missing()
     faulthandler.enable()
     log_writer.configure(log_level, formatter)

@@ -54,6 +54,7 @@ def main(
     the line is closed, or much later than it was given time for.
     """
     group_signals.ignore()  # the server ends us
+    group_signals.go_on_when_orphaned()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     log_writer.configure(log_level, formatter)
     try:

@@ -207,8 +207,10 @@ def test_no_process_of_the_server_ends_by_a_signal_to_its_group(tmp_path: Path):
     assert (done.returncode, done.stdout.strip()) == (0, "2 0"), done.stderr  # the engine, Python's tracker
 
 
-@pytest.mark.parametrize("max_tokens", [1, 10**5], ids=["idle", "busy"])
-def test_an_orphan_ends(tmp_path: Path, max_tokens: int):
+@pytest.mark.parametrize(
+    ("max_tokens", "stopped"), [(1, False), (10**5, False), (1, True)], ids=["idle", "busy", "stopped"]
+)
+def test_an_orphan_ends(tmp_path: Path, max_tokens: int, stopped: bool):
     script = tmp_path / "parent.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -225,6 +227,8 @@ def test_an_orphan_ends(tmp_path: Path, max_tokens: int):
             params = SamplingParams(max_tokens={max_tokens})
             async for _ in engine.generate(GenerateRequest(id="r", prompt_ids=(7,), params=params)):
                 Path({str(tmp_path / "pid")!r}).write_text(str(engine.pid))
+                if {stopped}:
+                    os.kill(engine.pid, signal.SIGSTOP)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         if __name__ == "__main__":
