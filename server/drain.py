@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -91,11 +92,24 @@ class Server(http1.Server):
             self._told = True
             log.warning("%d requests did not end in time: they are told so", len(self.server_state.tasks))
             self._door.stop_all()
-        late = now - self._until
-        if late >= http1.LATE_SECONDS - _LEAVE_SECONDS and not self._left:
+        if now >= self._last_word and not self._left:
             self._left = True
             self._leave()
-        return not self.server_state.tasks or late >= http1.LATE_SECONDS
+        return not self.server_state.tasks or now >= self._until + http1.LATE_SECONDS
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Nothing is answered any more; what was, and is not yet read, has what is left of the time."""
+        leaving = asyncio.get_running_loop().call_later(self._last_word - time.monotonic(), self._leave)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            leaving.cancel()
+
+    @property
+    def _last_word(self) -> float:
+        """When those that do not read are left."""
+        since = time.monotonic() if self._until is None else self._until
+        return since + http1.LATE_SECONDS - _LEAVE_SECONDS
 
     def _begin(self) -> None:
         self._door.draining = True

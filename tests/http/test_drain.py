@@ -181,15 +181,24 @@ async def test_a_request_that_has_not_come_whole_is_not_waited_for(make_app: Mak
         writer.close()
 
 
+@pytest.mark.parametrize("whole", [False, True])
 async def test_a_client_that_reads_nothing_is_left(
-    make_app: MakeApp, engine: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp,
+    engine: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: bool,
 ) -> None:
+    """In the middle of a stream, and with all of its answer written, which waits to be read."""
     monkeypatch.setattr("server.http1.LATE_SECONDS", 4.0)
     monkeypatch.setattr("server.drain._LEAVE_SECONDS", 3.0)
     engine.make_room(10**6)
-    engine.answer = [engine.answer[0]] * 300_000
-    endless = GOOD | {"stream": True, "max_tokens": 300_000, "ignore_eos": True}
-    content = httpx.Request("POST", "http://t", json=endless).content
+    if whole:
+        asked = GOOD | {"prompt": "hello " * 1000, "echo": True, "n": 100}
+    else:
+        engine.answer = [engine.answer[0]] * 300_000
+        asked = GOOD | {"stream": True, "max_tokens": 300_000, "ignore_eos": True}
+    content = httpx.Request("POST", "http://t", json=asked).content
     async with ending(make_app(), 0.2) as each:
         each.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with socket.socket() as client:
@@ -202,7 +211,7 @@ async def test_a_client_that_reads_nothing_is_left(
                     await asyncio.sleep(0.01)
             await each.signal()
             assert await each.ended() == 0
-    assert engine.aborts == 1
+    assert engine.aborts == (0 if whole else 1)
     quiet(caplog)
 
 
