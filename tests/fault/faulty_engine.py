@@ -76,7 +76,7 @@ class Faulty:
     # ---- faults that the process survives
 
     def nan_of_a_row(self) -> None:
-        right = self._engine._run_target
+        right, again = self._engine._run_target, self._engine._verifying._pass
 
         def run(rows: Any, flight: Any) -> None:
             right(rows, flight)
@@ -84,7 +84,15 @@ class Faulty:
                 if self.marked(row) and row.seq.generated:
                     row.logits.fill_(float("nan"))
 
+        def ask_again(asked: Any) -> Any:
+            laws = again(asked)
+            for (row, _), law in zip(asked, laws, strict=True):
+                if self.marked(row):
+                    law.fill_(float("nan"))
+            return laws
+
         self.replace(self._engine, "_run_target", run)
+        self.replace(self._engine._verifying, "_pass", ask_again)
 
     def no_memory(self, short: Callable[[Any], bool]) -> None:
         right = self._engine._run_target
