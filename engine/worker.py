@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from engine.config import EngineConfig
+from engine.heaps import Tidy
 from engine.long_work import told
 from engine.messages import (
     Abort,
@@ -149,6 +150,7 @@ class _Loop:
         self.tickets: dict[str, int] = {}  # and the way back
         self.reading = Reading()  # for some of these: the engine has not seen them yet
         self.left: list[int] = []  # tickets that their readers left since the last step
+        self.tidy = Tidy()
         self.told = time.monotonic()  # when something was sent last, if it only waits for a grammar
 
     def run(self) -> None:
@@ -164,6 +166,7 @@ class _Loop:
                 else:
                     self.leave(message)
             self.go_on_with_the_read()
+            self.tidy.now_and_then()
             if self.engine.has_work():
                 self.step()
             elif self.reading.busy and time.monotonic() - self.told > _ALIVE:

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.client import EngineClient
 from engine.client_worker import WorkerEngine
+from engine.heaps import lean_heaps
 from engine.speculation.tree import rules
 from engine.types import EngineUnavailable
 from server import drain, logs, metrics_port, tls
 from server.app import create_app
-from server.heaps import lean_heaps
 from server.http1_protocol import fitting, most_open
 from server.keys import KeyRing
 from server.log_lines import formatter

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 
 _ARENA_MAX, _HEAPS = -8, 2  # mallopt(3)
 _MMAP_THRESHOLD, _LARGE = -3, 1 << 18
+_TIDY_SECONDS = 60.0
 
 
 def lean_heaps() -> None:
@@ -19,3 +21,21 @@ def lean_heaps() -> None:
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(_ARENA_MAX, _HEAPS)
         library.mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+class Tidy:
+    """For a process whose large blocks come and go all the time: to give each back would slow it down. What
+    lies free in its heaps goes back now and then, also from between what is in use.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._trim = None
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            self._trim = ctypes.CDLL("libc.so.6").malloc_trim
+
+    def now_and_then(self) -> None:
+        """To be called often: once a minute it takes some milliseconds."""
+        if self._trim is not None and time.monotonic() - self._last > _TIDY_SECONDS:
+            self._trim(0)
+            self._last = time.monotonic()
