@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-import numpy as np
-
 from engine.speculation.policy import options_of
 from engine.speculation.tree import rules, tree_options
 from engine.types import (
@@ -48,9 +46,7 @@ def token_set(ids: Sequence[int], param: str, vocab_size: int) -> TokenSet:
     if len(ids) > vocab_size:
         raise InvalidRequest(f"{param} has {len(ids)} entries; the vocabulary has {vocab_size} tokens", param)
     _token_ids(ids, param, vocab_size)
-    bits = np.zeros(vocab_size, dtype=np.uint8)
-    bits[list(ids)] = 1
-    return TokenSet(np.packbits(bits, bitorder="little").tobytes())
+    return TokenSet(words_of(ids, vocab_size).tobytes().rstrip(b"\0"))
 
 
 def _sampling(params: SamplingParams, info: ModelInfo) -> None:
@@ -100,14 +96,18 @@ def _constraints(params: SamplingParams, info: ModelInfo) -> None:
     if any(not word for word in params.bad_words):
         raise InvalidRequest("bad_words: a word must have at least one token", "bad_words")
     _token_ids(tuple(token for word in params.bad_words for token in word), "bad_words", info.vocab_size)
+    if allowed is None and not params.bad_words:
+        return
     known = range(info.vocab_size) if allowed is None else allowed
     never = [word[0] for word in params.bad_words if len(word) == 1]
     left = words_of(known, info.vocab_size) & ~words_of(never, info.vocab_size)
     if not left.any():
         param = "bad_words" if allowed is None else "allowed_token_ids"
         raise InvalidRequest(f"{param}: bad_words forbid every token that is allowed", param)
+    if allowed is None or params.min_tokens == 0:
+        return
     ends = words_of([*info.eos_token_ids, *params.stop_token_ids], info.vocab_size)
-    if allowed is not None and params.min_tokens > 0 and not (left & ~ends).any():
+    if not (left & ~ends).any():
         raise InvalidRequest(
             "allowed_token_ids allows nothing but ends (EOS, stop_token_ids), which min_tokens forbids",
             "allowed_token_ids",
